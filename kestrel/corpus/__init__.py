@@ -1,0 +1,1 @@
+"""Corpora, protocols and manifests: which clips there are and which split each belongs to."""

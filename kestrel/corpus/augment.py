@@ -1,0 +1,105 @@
+"""Augmentation of training clips: time shift, background noise, and silence clips drawn anew from noise.
+
+Every draw is a number made from (seed, epoch, row, purpose) alone, so neither the order of the clips, nor the size of the batches,
+nor the number of loader processes can change what a clip becomes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from kestrel.corpus.spec import AugmentSpec
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FULL_SCALE = np.float32(1.0 / 32768.0)
+
+
+def uniform(seed: int, epoch: int, purpose: str, rows: ArrayLike) -> NDArray[np.float64]:
+    """Numbers in [0, 1) float64 [n], one for each row number, fixed by the arguments.
+
+    Number `row` of the SplitMix64 generator (Steele, Lea and Flood 2014), whose state is a plain counter, started at a hash of
+    seed, epoch and purpose.
+    """
+    digest = hashlib.sha256(f"{seed}:{epoch}:{purpose}".encode()).digest()
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
+        z = np.uint64(int.from_bytes(digest[:8], "little")) + (np.asarray(rows).astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class Augmenter:
+    """Augments batches of clips as `spec` says.
+
+    `noise` int16 [M] holds recordings one after the other, `offsets` int64 [K + 1] their bounds (training part only).
+    `silence_label` is the label of clips that are replaced by noise, None where there is no such class. Without noise, none is
+    added and silence clips stay as they are.
+
+    Speech: shifted by a whole number of samples, uniform in -max..max, zeros moving in; then, with probability
+    `noise_frequency`, a random window of a random recording is added with a gain uniform in 0..`noise_volume`.
+    Silence: a random window with a gain uniform in 0..`silence_volume`, and nothing else.
+    """
+
+    def __init__(
+        self,
+        spec: AugmentSpec,
+        noise: NDArray[np.int16],
+        offsets: ArrayLike,
+        sample_rate: int,
+        silence_label: int | None,
+        seed: int,
+    ) -> None:
+        self.spec = spec
+        self.silence_label = silence_label
+        self.seed = seed
+        self.largest_shift = round(spec.time_shift_ms * sample_rate / 1000.0)
+        bounds = np.asarray(offsets, dtype=np.int64)
+        self._recordings = [noise[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+
+    def __call__(self, audio: NDArray[np.int16], labels: ArrayLike, rows: ArrayLike, epoch: int) -> Tensor:
+        """float32 [B, S] in -1..1 of audio int16 [B, S], labels [B] and row numbers [B]; the arguments are not changed."""
+        numbers, classes = np.asarray(rows), np.asarray(labels)
+        if not (audio.ndim == 2 and len(audio) == len(numbers) == len(classes)):
+            raise ValueError(f"audio {audio.shape}, labels {classes.shape} and rows {numbers.shape} do not fit together")
+        samples = audio.shape[1]
+        draw: dict[str, Any] = {
+            purpose: uniform(self.seed, epoch, purpose, numbers)
+            for purpose in ("shift", "add noise", "recording", "window", "gain")
+        }
+        silent = (classes == self.silence_label) & bool(self._recordings)
+        limit = min(self.largest_shift, samples)
+        shifts = np.where(silent, 0, np.floor(draw["shift"] * (2 * limit + 1)).astype(np.int64) - limit)
+        volume = np.where(silent, self.spec.silence_volume, self.spec.noise_volume)
+        gains = (draw["gain"] * volume * (silent | (draw["add noise"] < self.spec.noise_frequency))).astype(np.float32)
+        if not self._recordings:
+            gains[:] = 0.0
+
+        out = np.zeros(audio.shape, np.float32)
+        scaled = np.empty(samples, np.float32)
+        for index, clip in enumerate(out):  # one clip at a time stays in the processor's cache
+            shift = int(shifts[index])
+            if not silent[index]:
+                clip[max(shift, 0) : samples + min(shift, 0)] = audio[index, max(-shift, 0) : samples - max(shift, 0)]
+            if gains[index] > 0.0:
+                window = self._window(draw["recording"][index], draw["window"][index], samples)
+                np.multiply(window, gains[index], out=scaled)
+                clip += scaled
+            clip *= _FULL_SCALE
+            np.clip(clip, -1.0, 1.0, out=clip)
+        return torch.from_numpy(out)
+
+    def _window(self, recording: float, start: float, samples: int) -> NDArray[np.int16]:
+        """A window int16 [samples], chosen by two numbers in [0, 1); a recording that is too short is repeated."""
+        noise = self._recordings[int(recording * len(self._recordings))]
+        if len(noise) < samples:
+            first = int(start * len(noise))
+            return np.resize(np.roll(noise, -first), samples)
+        first = int(start * (len(noise) - samples + 1))
+        return noise[first : first + samples]

@@ -1,0 +1,1 @@
+"""Files for deployment, each checked against the trained model."""

@@ -1,0 +1,51 @@
+"""What an export is made of: forms of the network, each with its files, figures and place on the card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kestrel.export.spec import ExportSpec
+from kestrel.models.evaluate import Accuracy, ProgressCallback
+
+if TYPE_CHECKING:
+    from kestrel.models.spotter import KeywordSpotter
+    from kestrel.store.hdf5 import FeatureFile
+
+
+@dataclass(frozen=True)
+class Work:
+    """A trained spotter and the clips that its exported forms are checked on.
+
+    `logits` float32 [N, C] are the trained network's on every clip, without device noise. `protocol` has name and hash.
+    `next_pass` gives the progress callback of the form's pass over the clips.
+    """
+
+    spotter: KeywordSpotter
+    data: FeatureFile
+    logits: np.ndarray
+    settings: ExportSpec
+    batch_size: int
+    protocol: Mapping[str, str]
+    next_pass: Callable[[], ProgressCallback]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one form: `title` and `text` (Markdown) for the card, what each file is, and its results.
+
+    `accuracies` by what computed them. `figures` are entries of export.json.
+    """
+
+    title: str
+    text: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+Form = Callable[[Work, Path], Part]

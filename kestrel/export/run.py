@@ -1,0 +1,150 @@
+"""Stage export: the forms of a trained spotter that can be deployed, each checked on a whole split, and their card.
+
+A new form is a function in FORMS: it writes its files into the folder and returns the part of the card that it fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kestrel.errors import KestrelError
+from kestrel.export.card import Subject, card
+from kestrel.export.codes import EXPORTED, codes_form
+from kestrel.export.form import Form, Part, Work
+from kestrel.export.onnx import onnx_form
+from kestrel.export.spec import ExportSpec
+from kestrel.models.evaluate import Accuracy, ProgressCallback, accuracy, device_of, evaluation_noise, predict
+from kestrel.models.inventory import evaluation_noise_of, layers, network_shape, noise_off, parameters
+from kestrel.store.atomic import atomic_folder, disk_error, write_json, write_text
+from kestrel.store.hashing import sha256_file
+
+if TYPE_CHECKING:
+    from kestrel.models.spotter import KeywordSpotter
+    from kestrel.store.hdf5 import FeatureFile
+
+FORMS: tuple[Form, ...] = (codes_form, onnx_form)
+TRAINED = "trained weights (float32)"
+DIGITS = 6  # of the shares in export.json
+
+
+class _Passes:
+    """One progress figure over several passes through the same clips."""
+
+    def __init__(self, progress: ProgressCallback | None, clips: int, passes: int) -> None:
+        self.progress, self.clips, self.passes, self.begun = progress, clips, passes, 0
+
+    def next(self) -> ProgressCallback:
+        """The callback of the next pass."""
+        before = self.begun * self.clips
+        self.begun += 1
+
+        def advance(done: int, _: int) -> None:
+            if self.progress is not None:
+                self.progress(before + done, self.passes * self.clips)
+
+        return advance
+
+
+def export(
+    spotter: KeywordSpotter,
+    data: FeatureFile,
+    out_dir: Path,
+    *,
+    identity: Mapping[str, Any],
+    split: str,
+    seed: int,
+    chip: int,
+    batch_size: int,
+    settings: ExportSpec,
+    provenance: Mapping[str, Any],
+    progress: ProgressCallback | None = None,
+) -> dict[str, Any]:
+    """Write every form of `spotter` and card.md into the folder `out_dir` at once; returns the content of export.json.
+
+    Args:
+        data, split: the clips that each form is checked on.
+        identity: recipe, variant, tag, seed, classes, config_hash; frontend, feature (or post) for the card.
+        seed, chip: key of the noise drawn in evaluation, for the accuracy that the score stage reports.
+        provenance: checkpoint_sha256, git_commit, git_dirty, torch, command.
+
+    Raises KestrelError where a form does not answer as the trained network does; nothing is written then.
+    """
+    if list(data.classes) != list(identity["classes"]):
+        raise KestrelError(
+            f"the features have classes {' '.join(data.classes)}, the checkpoint {' '.join(identity['classes'])}: "
+            "export it with features of its own protocol"
+        )
+    noise = evaluation_noise_of(spotter.net)
+    passes = _Passes(progress, len(data.labels), 2 + settings.onnx + (noise > 0))
+    with noise_off(spotter.net):
+        logits = predict(spotter, data, batch_size, passes.next())
+    references = {TRAINED: accuracy(logits, data.labels)}
+    if noise > 0:
+        with evaluation_noise(seed, chip, device_of(spotter)):
+            noisy = predict(spotter, data, batch_size, passes.next())
+        references[f"trained weights with device noise {noise:g} (seed {seed}, chip {chip})"] = accuracy(
+            noisy, data.labels
+        )
+    protocol = {key: data.protocol[key] for key in ("name", "hash")}
+    work = Work(spotter, data, logits, settings, batch_size, protocol, passes.next)
+    shape = network_shape(spotter)
+    subject = Subject(
+        identity=identity,
+        protocol=protocol,
+        split=split,
+        provenance=provenance,
+        input_shape=(data.shape[1], data.shape[2]),
+        network_shape=shape,
+        layers=layers(spotter.net, shape[0]),
+        parameters=parameters(spotter.net),
+        macs=spotter.net.macs(shape[0]),
+    )
+    try:
+        with atomic_folder(out_dir) as folder:
+            parts = [form(work, folder) for form in FORMS]
+            accuracies = {name: right for part in parts for name, right in part.accuracies.items()} | references
+            names = [name for part in parts for name in part.files]
+            summary = _summary(subject, accuracies, parts, {name: _stamp(folder / name) for name in names})
+            write_json(folder / "export.json", summary)
+            stamps = {name: _stamp(folder / name) for name in [*names, "export.json"]}
+            write_text(folder / "card.md", card(subject, accuracies, parts, stamps))
+    except OSError as error:
+        raise disk_error(out_dir, error) from error
+    return summary
+
+
+def _stamp(path: Path) -> tuple[int, str]:
+    return path.stat().st_size, sha256_file(path)
+
+
+def _summary(
+    subject: Subject,
+    accuracies: Mapping[str, Accuracy],
+    parts: list[Part],
+    files: Mapping[str, tuple[int, str]],
+) -> dict[str, Any]:
+    """export.json: the figures of the card, for programs; `accuracy` is that of the exported integer weights."""
+    exported, trained = accuracies[EXPORTED], accuracies[TRAINED]
+    figures: dict[str, Any] = {}
+    for part in parts:
+        figures |= part.figures
+    return {
+        **{key: subject.identity[key] for key in ("recipe", "variant", "tag", "seed")},
+        "protocol": dict(subject.protocol),
+        "split": subject.split,
+        "n": exported.n,
+        "accuracy": exported.value,
+        "ci95": [round(bound, DIGITS) for bound in exported.ci95],
+        "trained_accuracy": trained.value,
+        "trained_ci95": [round(bound, DIGITS) for bound in trained.ci95],
+        "parameters": subject.parameters,
+        "macs": subject.macs,
+        **figures,
+        "classes": list(subject.identity["classes"]),
+        "input_shape": list(subject.input_shape),
+        "config_hash": subject.identity["config_hash"],
+        "checkpoint_sha256": subject.provenance.get("checkpoint_sha256"),
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
+    }

@@ -1,0 +1,1 @@
+"""From audio to features: one definition, shared by feature extraction, training and scoring."""

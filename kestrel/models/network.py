@@ -1,0 +1,63 @@
+"""What the training loop, the scorer and the exporter ask of a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from kestrel.errors import unknown
+
+Phase = Literal["pretrain", "retrain", "eval"]
+PHASES = ("pretrain", "retrain", "eval")
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """A weight tensor as the hardware holds it.
+
+    `name` is its key in the network's state_dict. `tensor` is the effective value (clamped; quantised where the
+    network quantises weights). `limit` is the range of its quantiser, None where unbounded; `bits` None = analog.
+    """
+
+    name: str
+    tensor: Tensor
+    limit: float | None
+    bits: int | None
+
+
+class Network(nn.Module):
+    """A keyword-spotting network: features [B, T, F] -> logits [B, C]."""
+
+    phase: Phase = "pretrain"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, F] -> [B, C]."""
+        raise NotImplementedError
+
+    def penalty(self) -> dict[str, Tensor]:
+        """Terms added to the loss, by name (scalars, already weighted)."""
+        return {}
+
+    def set_phase(self, phase: Phase) -> None:
+        """Switch noise, dropout and the like for a phase; also calls train() or eval()."""
+        if phase not in PHASES:
+            raise unknown("phase", phase, PHASES)
+        self.phase = phase
+        self.train(phase != "eval")
+
+    def project(self) -> None:
+        """Bring parameters back into their bounds; called after each optimiser step."""
+
+    def macs(self, frames: int) -> int:
+        """Multiply-adds of one clip of `frames` frames (matrix products; activations and biases not counted)."""
+        return sum(int(row["macs"]) for row in self.layer_table(frames))
+
+    def layer_table(self, frames: int) -> list[dict[str, Any]]:
+        """One row per layer: name, parameters, macs (of one clip of `frames` frames)."""
+        raise NotImplementedError
+
+    def weight_groups(self) -> list[WeightGroup]:
+        """The effective weight tensors (detached), for export."""
+        raise NotImplementedError

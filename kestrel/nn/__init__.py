@@ -1,0 +1,1 @@
+"""Layers: crossbar products and recurrent cells."""

@@ -1,0 +1,239 @@
+"""The quantised LSTM in C++ (kestrel/nn/csrc/quant_lstm.cpp), loaded through a plain C interface.
+
+It computes what `plain_lstm` computes, forward and backward, several times faster on a CPU. KESTREL_NATIVE=0 turns it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kestrel.nn import build
+from kestrel.nn.cell import RANGES, ROW, Cell
+from kestrel.quant.quantiser import round_to_level
+
+_MAX_KEPT_BUFFERS = 4  # of one size; more forward passes are rarely alive at a time
+_ALIGNMENT = 64  # bytes of a cache line
+
+
+class Problem(ctypes.Structure):
+    """Mirrors `struct Problem` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("blocks", "batch", "steps", "input", "hidden", "slices", "chunk")),
+        *((name, ctypes.c_int64) for name in ("inp_bits", "mvm_bits", "nm_bits", "keep")),
+        ("noise", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_void_p) for name in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "back_ih", "back_hh", "ranges")),
+        *((name, ctypes.c_void_p) for name in ("value", "slope", "saved", "scratch", "h", "grad_h")),
+        *((name, ctypes.c_void_p) for name in ("d_ih", "d_hh", "db_ih", "db_hh", "d_ranges", "d_x")),
+    ]
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    path = build.find()
+    if path is None:
+        logging.getLogger("kestrel").info(
+            "the native LSTM is not built: using the slower PyTorch path (python -m kestrel.nn.build builds it)"
+        )
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        logging.getLogger("kestrel").warning("cannot load the native LSTM (%s): using the slower PyTorch path", error)
+        return None
+    pointer = ctypes.POINTER(Problem)
+    for name, result in (("saved_bytes", ctypes.c_int64), ("scratch_bytes", ctypes.c_int64)):
+        function = getattr(library, f"kestrel_{name}")
+        function.argtypes, function.restype = [pointer], result
+    for name in ("forward", "backward"):
+        function = getattr(library, f"kestrel_{name}")
+        function.argtypes, function.restype = [pointer], None
+    library.kestrel_noise.argtypes = [pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    library.kestrel_noise.restype = None
+    return library
+
+
+def available() -> bool:
+    """Whether the native path is built and not turned off."""
+    return os.environ.get("KESTREL_NATIVE", "1") != "0" and _load() is not None
+
+
+class _Buffer:
+    """Memory that goes back to a pool when its last user is gone: fresh memory would cost a page fault per 4 KiB."""
+
+    _free: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        free = self._free[size]
+        self.memory = free.pop() if free else torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+
+    @property
+    def pointer(self) -> int:
+        address = self.memory.data_ptr()
+        return address + -address % _ALIGNMENT
+
+    def __del__(self) -> None:
+        free = self._free[self.size]
+        if len(free) < _MAX_KEPT_BUFFERS:
+            free.append(self.memory)
+
+    @classmethod
+    def release_unused(cls) -> None:
+        """Give the memory of idle buffers back."""
+        cls._free.clear()
+
+
+def slices_of(blocks: int, batch: int) -> int:
+    """Slices of the batch per block: at least four even tasks, of at least eight clips each.
+
+    It must not depend on the number of threads, or else the order of sums would.
+    """
+    wanted = {1: 4, 2: 2, 3: 2}.get(blocks, 1 + blocks % 2)
+    return max(1, min(wanted, batch // 8))
+
+
+def _tables(cell: Cell) -> tuple[Tensor, Tensor]:
+    """Quantised values and derivatives of the activations for every code, [5, N, 2^nm] each.
+
+    Order: sigmoid f, i, o around tanh j (as `enum Table` in the source), then tanh c. Where the range clips the value, the
+    derivative is -1, which no activation has.
+    """
+    bits = cell.bits.nm
+    if bits is None:
+        return torch.empty(0), torch.empty(0)
+    half = 2 ** (bits - 1)
+    codes = torch.arange(-half, half, dtype=torch.float32) * (1 / half)
+    limits = [cell.ranges[ROW[name]].view(-1, 1) for name in ("a3", "a4", "a5", "a6", "a10")]
+    gates, state = codes * cell.ranges[ROW["a14"]].view(-1, 1), codes * cell.ranges[ROW["a9"]].view(-1, 1)  # [N, 2^nm]
+    sigmoid, tanh, shown = torch.sigmoid(gates), torch.tanh(gates), torch.tanh(state)
+    plain = torch.stack([sigmoid, sigmoid, tanh, sigmoid, shown])
+    limit = torch.stack(limits)  # [5, N, 1]
+    slope = torch.stack([sigmoid * (1 - sigmoid)] * 2 + [1 - tanh**2, sigmoid * (1 - sigmoid), 1 - shown**2])
+    slope[plain.abs() > limit] = -1.0
+    return round_to_level(plain, bits, limit).contiguous(), slope.contiguous()
+
+
+def _problem(x: Tensor, cell: Cell, deviation: float, seed: int, keep: bool) -> Problem:
+    blocks, hidden = cell.w_hh.shape[:2]
+    batch, steps, width = x.shape
+    return Problem(
+        blocks=blocks,
+        batch=batch,
+        steps=steps,
+        input=width,
+        hidden=hidden,
+        slices=slices_of(blocks, batch),
+        chunk=CHUNK,
+        inp_bits=cell.bits.inp or 0,
+        mvm_bits=cell.bits.mvm or 0,
+        nm_bits=cell.bits.nm or 0,
+        keep=int(keep),
+        noise=deviation,
+        seed=seed,
+    )
+
+
+CHUNK = 4  # time steps whose weight gradients are summed by one matrix product
+
+
+class _Sequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_ih, w_hh, b_ih, b_hh, ranges, cell: Cell, deviation: float, seed: int, keep: bool):
+        library = _load()
+        assert library is not None
+        device = cell.device
+        back_ih, back_hh = device.clamped(w_ih, b_ih)[0], device.clamped(w_hh, b_hh)[0]
+        front_ih, bias_ih = device.stored(w_ih, b_ih)
+        front_hh, bias_hh = device.stored(w_hh, b_hh)
+        if cell.mask is not None:
+            back_hh, front_hh = back_hh * cell.mask, front_hh * cell.mask
+        x = x.contiguous()
+        held: dict[str, Any] = {
+            **{"x": x, "w_ih": front_ih, "w_hh": front_hh, "b_ih": bias_ih, "b_hh": bias_hh},
+            **{"back_ih": back_ih, "back_hh": back_hh, "ranges": ranges.detach().contiguous()},
+        }
+        held["value"], held["slope"] = _tables(cell)
+        problem = _problem(x, cell, deviation, seed, keep)
+        for name, tensor in held.items():
+            setattr(problem, name, tensor.data_ptr())
+        saved = _Buffer(library.kestrel_saved_bytes(problem))
+        scratch = _Buffer(library.kestrel_scratch_bytes(problem))
+        h = x.new_empty(problem.blocks, problem.batch, problem.hidden)
+        problem.saved, problem.scratch, problem.h = saved.pointer, scratch.pointer, h.data_ptr()
+        library.kestrel_forward(problem)
+        if keep:
+            # Everything here is detached, so keeping it on ctx makes no reference cycle.
+            ctx.problem, ctx.held, ctx.saved, ctx.mask = problem, held, saved, cell.mask
+            ctx.versions = x._version
+        return h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        library = _load()
+        assert library is not None
+        problem, held = ctx.problem, ctx.held
+        grad = grad.contiguous()
+        scratch = _Buffer(library.kestrel_scratch_bytes(problem))
+        results = {
+            **{"d_ih": torch.empty_like(held["w_ih"]), "d_hh": torch.empty_like(held["w_hh"])},
+            **{"db_ih": torch.empty_like(held["b_ih"]), "db_hh": torch.empty_like(held["b_hh"])},
+            "d_ranges": torch.empty(len(RANGES), problem.blocks, dtype=torch.float64),
+        }
+        if ctx.needs_input_grad[0]:
+            results["d_x"] = grad.new_empty(problem.blocks, problem.batch, problem.steps, problem.input)
+        problem.d_x = None
+        for name, tensor in {"grad_h": grad, **results}.items():
+            setattr(problem, name, tensor.data_ptr())
+        problem.scratch = scratch.pointer
+        library.kestrel_backward(problem)
+        if ctx.mask is not None:
+            results["d_hh"] *= ctx.mask
+        to_x = results["d_x"].sum(0) if ctx.needs_input_grad[0] else None
+        to_ranges = results["d_ranges"].to(grad.dtype)
+        grads = (to_x, results["d_ih"], results["d_hh"], results["db_ih"], results["db_hh"], to_ranges)
+        return *grads, None, None, None, None
+
+
+def native_lstm(x: Tensor, cell: Cell, deviation: float = 0.0, seed: int | None = None) -> Tensor:
+    """x [B, T, I] -> the last hidden state [N, B, H], float32 on the CPU.
+
+    `deviation`: standard deviation of the weight noise; its values depend on `seed` alone (drawn from torch's default
+    generator where None). `cell.noise` is not used.
+    """
+    if deviation > 0 and seed is None:
+        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+    weights = (cell.w_ih, cell.w_hh, cell.b_ih, cell.b_hh, cell.ranges)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+    inner = Cell(*(tensor.detach() for tensor in weights), cell.bits, cell.device, cell.mask)
+    return _Sequence.apply(x, *weights, inner, float(deviation), seed or 0, keep)
+
+
+def native_noise(x: Tensor, cell: Cell, deviation: float, seed: int, product: str, step: int) -> tuple[Tensor, Tensor]:
+    """The noise of a forward pass over `x`, on the weights and biases of product `ih` or `hh` at time step `step`."""
+    library = _load()
+    assert library is not None
+    problem = _problem(x, cell, deviation, seed, False)
+    weight, bias = {"ih": (cell.w_ih, cell.b_ih), "hh": (cell.w_hh, cell.b_hh)}[product]
+    noise = torch.empty(weight.shape[0], weight.shape[1] + 1, weight.shape[2])
+    for block in range(weight.shape[0]):
+        library.kestrel_noise(problem, block, step, int(product == "hh"), noise[block].data_ptr())
+    return noise[:, :-1].contiguous(), noise[:, -1].contiguous()
+
+
+def memory(x: Tensor, cell: Cell) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for its backward pass, and bytes of scratch memory."""
+    library = _load()
+    assert library is not None
+    problem = _problem(x, cell, 1.0, 0, True)
+    return library.kestrel_saved_bytes(problem), library.kestrel_scratch_bytes(problem)

@@ -1,0 +1,88 @@
+"""N parallel quantised LSTM blocks and their read-outs as modules; picks the fastest way to compute them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kestrel.nn import native
+from kestrel.nn.cell import RANGES, ROW, Bits, Cell, plain_lstm
+from kestrel.nn.crossbar import Device, crossbar, draw_noise, uniform
+from kestrel.quant.quantiser import MIN_RANGE, clip_quantise, plain_ops
+
+
+class QuantLSTM(nn.Module):
+    """N quantised LSTM blocks over the same input: [B, T, I] -> last hidden state of each block [N, B, H]."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden: int,
+        blocks: int,
+        bits: Bits,
+        device: Device,
+        trainable_ranges: bool = True,
+        input_range: float = RANGES["a1"],
+    ) -> None:
+        super().__init__()
+        self.bits, self.device = bits, device
+        self.w_ih = uniform((blocks, input_size, 4 * hidden), device.init_limit(1 / math.sqrt(input_size)))
+        self.w_hh = uniform((blocks, hidden, 4 * hidden), device.init_limit(1 / math.sqrt(hidden)))
+        self.b_ih = nn.Parameter(torch.zeros(blocks, 4 * hidden))
+        self.b_hh = nn.Parameter(torch.ones(blocks, 4 * hidden))
+        start = torch.tensor(list(RANGES.values())).view(-1, 1).repeat(1, blocks)
+        start[ROW["a1"]] = input_range
+        self.ranges = nn.Parameter(start, requires_grad=trainable_ranges)
+        self.project()
+
+    def forward(self, x: Tensor, drop_p: float = 0.0, noise: float = 0.0) -> Tensor:
+        """Args: `drop_p` DropConnect probability of w_hh; `noise` standard deviation as a fraction of max_w."""
+        cell = Cell(self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.ranges, self.bits, self.device)
+        if drop_p > 0:  # one mask per pass and block, shared over time, without rescaling
+            cell.mask = (torch.rand_like(self.w_hh) >= drop_p).to(self.w_hh.dtype)
+        deviation = noise * self.device.max_w
+        if not plain_ops() and x.device.type == "cpu" and x.dtype == torch.float32 and native.available():
+            return native.native_lstm(x, cell, deviation)
+        if noise > 0:
+            weights = {"ih": (self.w_ih, self.b_ih), "hh": (self.w_hh, self.b_hh)}
+            cell.noise = lambda name, step: draw_noise(*weights[name], deviation)
+        return plain_lstm(x, cell)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Clamp weights and biases to what the device stores and keep ranges positive."""
+        self.device.project(self.w_ih, self.b_ih)
+        self.device.project(self.w_hh, self.b_hh)
+        self.ranges.clamp_(min=MIN_RANGE)
+
+
+class CrossbarLinear(nn.Module):
+    """N linear read-outs on crossbars with converters: h [N, B, I] -> [N, B, O].
+
+    Rows of `ranges` [2, N]: the paper's a1 = 4 (input) and a2 = 16 (output) of the read-out.
+    """
+
+    def __init__(
+        self, input_size: int, outputs: int, blocks: int, bits: Bits, device: Device, trainable_ranges: bool = True
+    ) -> None:
+        super().__init__()
+        self.bits, self.device = bits, device
+        self.weight = uniform((blocks, input_size, outputs), device.init_limit(math.sqrt(6 / input_size)))
+        self.bias = nn.Parameter(torch.zeros(blocks, outputs))
+        self.ranges = nn.Parameter(torch.tensor([[4.0], [16.0]]).repeat(1, blocks), requires_grad=trainable_ranges)
+        self.project()
+
+    def forward(self, h: Tensor, noise: float = 0.0) -> Tensor:
+        """Args: `noise` standard deviation of the weight noise as a fraction of max_w."""
+        limit_in, limit_out = self.ranges[0].view(-1, 1, 1), self.ranges[1].view(-1, 1, 1)
+        drawn = draw_noise(self.weight, self.bias, noise * self.device.max_w) if noise > 0 else None
+        product = crossbar(clip_quantise(h, self.bits.inp, limit_in), self.weight, self.bias, self.device, drawn)
+        return clip_quantise(product, self.bits.mvm, limit_out)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Clamp weights and biases to what the device stores and keep ranges positive."""
+        self.device.project(self.weight, self.bias)
+        self.ranges.clamp_(min=MIN_RANGE)

@@ -1,0 +1,1 @@
+"""Stages, configuration and runs: what run.sh and the step scripts stand on."""

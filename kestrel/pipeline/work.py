@@ -1,0 +1,281 @@
+"""What the step scripts do: open the inputs of a run, call the library, name the outputs."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kestrel import recipe as recipes
+from kestrel.errors import KestrelError
+from kestrel.pipeline.console import progress
+from kestrel.pipeline.stages import SPLITS, Run, Status, done_file, result_id
+from kestrel.settings import load_yaml, to_dict
+from kestrel.store.atomic import read_json, write_json
+from kestrel.store.hashing import sha256_file, sha256_json
+
+if TYPE_CHECKING:
+    from kestrel.models.spotter import KeywordSpotter
+    from kestrel.store.hdf5 import FeatureFile
+    from kestrel.train.data import Split
+
+log = logging.getLogger("kestrel")
+
+
+def obtain_corpus(run: Run) -> None:
+    """Run the corpus's script of local/ (`obtain(spec, out, nproc)`) and note where the audio is."""
+    from kestrel.corpus.source import write_roots
+
+    corpus = run.config.corpus
+    assert corpus is not None
+    entry = load_yaml(run.root / "conf" / "corpora.yaml")["corpora"].get(corpus.name, {})
+    script = run.root / entry.get("script", "local/folder.py")
+    sys.path.insert(0, str(script.parent))
+    main, test = importlib.import_module(script.stem).obtain(corpus, run.raw, run.nproc)
+    write_roots(run.raw, main, corpus.test_dir or test)
+
+
+def roots(run: Run) -> dict[str, Path]:
+    """The folders of the corpus's audio: `main`, and `test` where the test clips lie apart."""
+    from kestrel.corpus.source import read_roots
+
+    main, test = read_roots(run.raw)
+    return {"main": main} if test is None else {"main": main, "test": test}
+
+
+def make_packs(run: Run, status: Status) -> None:
+    """Pack the audio of each split, unless the packs of these manifests are there; several front ends share them."""
+    from kestrel.corpus.manifest import read_manifest, read_protocol
+    from kestrel.frontend.extract import pack_audio, pack_noise
+
+    marker = done_file(run.packs)
+    if marker.exists() and read_json(marker)["inputs"] == status.inputs and not run.force:
+        log.info("packed audio is up to date")
+        return
+    marker.unlink(missing_ok=True)
+    protocol, found = read_protocol(run.manifests), roots(run)
+    for split in SPLITS:
+        clips = read_manifest(run.manifests / f"{split}.csv")
+        pack_audio(clips, found, protocol, split, run.packs / f"{split}.h5", progress(f"pack {split}"))
+    pack_noise(protocol, found, run.packs / "noise.h5")
+    write_json(marker, {"inputs": status.inputs})
+
+
+def make_features(run: Run) -> list[str]:
+    """Compute the features of each split from its packed audio."""
+    from kestrel.frontend.extract import extract
+    from kestrel.frontend.features import Frontend
+    from kestrel.store.hdf5 import AudioFile
+
+    assert run.config.frontend is not None
+    frontend = Frontend(run.config.frontend)
+    for split in SPLITS:
+        with AudioFile(run.packs / f"{split}.h5") as audio:
+            extract(audio, frontend, run.features / f"{split}.h5", progress=progress(f"features {split}"))
+    return [f"{split}.h5" for split in SPLITS]
+
+
+def feature_file(run: Run, split: str) -> FeatureFile:
+    """The feature file of a split. Raises KestrelError where its classes are not those of the run."""
+    from kestrel.store.hdf5 import FeatureFile
+
+    file = FeatureFile(run.features / f"{split}.h5")
+    if file.classes != run.config.classes:
+        raise KestrelError(f"{file.path} has classes {file.classes}, the run expects {run.config.classes}")
+    return file
+
+
+def build_spotter(run: Run, feature_shape: tuple[int, int]) -> KeywordSpotter:
+    """Feature steps and network of the run for features (frames, width), freshly initialised from the seed."""
+    import torch
+
+    from kestrel.frontend.post import Post
+    from kestrel.models.spotter import KeywordSpotter
+
+    config = run.config
+    torch.manual_seed(config.seed)
+    post = Post(config.feature.post, feature_shape)
+    return KeywordSpotter(post, recipes.load(config.recipe, run.root).build(config.model, post.output_shape, len(config.classes)))
+
+
+def identity(run: Run, feature_shape: tuple[int, int], config_hash: str) -> dict[str, Any]:
+    """What a checkpoint says about itself (plain types)."""
+    config = run.config
+    return {
+        "recipe": config.recipe,
+        "variant": config.variant,
+        "tag": config.tag,
+        "seed": config.seed,
+        "protocol": {},
+        "classes": config.classes,
+        "frontend": to_dict(config.frontend) if config.frontend is not None else None,
+        "post": config.feature.post,
+        "model": to_dict(config.model),
+        "input_shape": list(feature_shape),
+        "config_hash": config_hash,
+    }
+
+
+def training_split(run: Run) -> Split:
+    """Training clips: packed audio, augmented anew in each epoch, or the stored features."""
+    from kestrel.corpus.augment import Augmenter
+    from kestrel.frontend.features import Frontend
+    from kestrel.store.hdf5 import AudioFile, read_noise
+    from kestrel.train.data import Split
+
+    config = run.config
+    batches = {"batch_size": config.train.batch_size, "training": True, "seed": config.seed, "workers": config.train.workers}
+    if not config.augment.waveform:
+        if config.feat_dir is not None:
+            log.info("features are given: no waveform augmentation")
+        return Split(feature_file(run, "train"), **batches)
+    assert config.protocol is not None and config.frontend is not None
+    silence = config.classes.index("silence") if config.protocol.silence_percentage is not None else None
+    noise, offsets, _ = read_noise(run.packs / "noise.h5")
+    augmenter = Augmenter(config.augment, noise, offsets, config.protocol.sample_rate, silence, config.seed)
+    return Split(AudioFile(run.packs / "train.h5"), frontend=Frontend(config.frontend), augmenter=augmenter, **batches)
+
+
+def train_stage(run: Run, stage: str, status: Status) -> tuple[list[str], tuple[str, ...]]:
+    """Train one stage; retraining starts from the best weights of pretraining."""
+    import torch
+
+    from kestrel.store.checkpoint import load
+    from kestrel.train.data import Split
+    from kestrel.train.loop import Job, train
+
+    config = run.config
+    validation_file = feature_file(run, "validation")
+    feature_shape = validation_file.shape[1:]
+    spotter = build_spotter(run, feature_shape)
+    if stage == "retrain":
+        start = load(run.out("pretrain") / "best.pt")
+        spotter.load_state_dict(start["model"])
+    else:
+        with feature_file(run, "train") as file:
+            spotter.post.fit(torch.from_numpy(batch) for batch in file.iterate())
+    phase = config.train if stage == "pretrain" else config.retrain
+    assert phase is not None
+    settings = {key: value for key, value in status.settings.items() if key != "train"}
+    who = identity(run, feature_shape, sha256_json([settings, status.inputs]))
+    who["protocol"] = {"name": config.protocol_name, "hash": validation_file.protocol["hash"]}
+    job = Job(stage=stage, phase=phase, train=config.train, seed=config.seed, out_dir=run.out(stage), identity=who)
+    held_out = Split(validation_file, batch_size=config.train.eval_batch_size)
+    result = train(job, spotter, training_split(run), held_out, progress=progress(stage))
+    log.info("best validation accuracy %.2f %% (%s)", 100 * result.best_accuracy, result.best.relative_to(run.root))
+    return ["best.pt", "metrics.csv", "curves.png", "last.pt", "time.json"], ("last.pt", "time.json", "curves.png")
+
+
+def load_checkpoint(run: Run) -> tuple[KeywordSpotter, dict[str, Any], Path]:
+    """The trained spotter that score and export take, its checkpoint's content, and the file."""
+    from kestrel.store.checkpoint import load
+
+    name, path = run.checkpoint()
+    content = load(path)
+    who = content.get("identity", {})
+    config = run.config
+    for key, expected in (("recipe", config.recipe), ("classes", config.classes), ("model", to_dict(config.model)), ("post", config.feature.post)):
+        if who.get(key) != expected:
+            raise KestrelError(f"{path} is a checkpoint of another configuration: its {key} is {who.get(key)}, the run has {expected}")
+    spotter = build_spotter(run, tuple(who["input_shape"]))
+    spotter.load_state_dict(content["model"])
+    return spotter, who, path
+
+
+def stage_seconds(run: Run) -> dict[str, float]:
+    """Seconds that each finished stage took."""
+    found = {}
+    for stage in ("download", "prepare", "feature", "pretrain", "retrain", "score", "export"):
+        if stage in ("download", "prepare", "feature") and run.config.feat_dir is not None:
+            continue
+        marker = done_file(run.out(stage))
+        if marker.exists():
+            found[stage] = read_json(marker)["seconds"]
+    return found
+
+
+def _provenance(run: Run, checkpoint: Path) -> dict[str, Any]:
+    import torch
+
+    environment = read_json(run.exp / "env.json")
+    times = [run.out(stage) / "time.json" for stage in ("pretrain", "retrain")]
+    seconds = sum(read_json(path)["train_seconds"] for path in times if path.exists() and run.config.checkpoint is None)
+    return {
+        "checkpoint_sha256": sha256_file(checkpoint),
+        "git_commit": environment["git_commit"],
+        "git_dirty": environment["git_dirty"],
+        "torch": torch.__version__,
+        "device": "cpu",
+        "train_seconds": round(seconds, 1),
+        "command": environment["command"],
+    }
+
+
+def _scored_identity(run: Run, who: dict[str, Any], file: FeatureFile) -> dict[str, Any]:
+    config = run.config
+    rules = file.protocol
+    return {
+        **who,
+        "tag": config.tag,
+        "variant": config.variant,
+        "protocol": {"name": config.protocol_name, "hash": rules["hash"]},
+        "protocol_rules": rules,
+        "corpus": file.corpus,
+        "frontend": to_dict(config.frontend) if config.frontend is not None else file.frontend,
+        "feature": to_dict(config.feature),
+    }
+
+
+def score_stage(run: Run) -> list[str]:
+    """Score the checkpoint on the split of `score.split`."""
+    from kestrel.score.run import score
+
+    config = run.config
+    spotter, who, path = load_checkpoint(run)
+    with feature_file(run, config.score.split) as file:
+        curves = [(stage, run.out(stage) / "metrics.csv") for stage in ("pretrain", "retrain")]
+        result = score(
+            spotter,
+            file,
+            run.out("score"),
+            identity=_scored_identity(run, who, file),
+            split=config.score.split,
+            seed=config.seed,
+            chip=config.score.chip,
+            batch_size=config.train.eval_batch_size,
+            analog_bits=config.export.weight_bits,
+            metrics_csv=[(stage, csv) for stage, csv in curves if csv.exists() and config.checkpoint is None],
+            provenance=_provenance(run, path),
+            progress=progress("score"),
+        )
+    low, high = result["ci95"]
+    log.info(
+        "%s accuracy %.2f %% of %d clips (95 %% interval %.2f to %.2f), protocol %s",
+        config.score.split, 100 * result["accuracy"], result["n"], 100 * low, 100 * high, config.protocol_name,
+    )  # fmt: skip
+    return sorted(path.name for path in run.out("score").iterdir() if not path.name.startswith("."))
+
+
+def export_stage(run: Run) -> list[str]:
+    """Export the checkpoint and check the files on the test split."""
+    from kestrel.export.run import export
+
+    config = run.config
+    spotter, who, path = load_checkpoint(run)
+    with feature_file(run, config.score.split) as file:
+        export(
+            spotter,
+            file,
+            run.out("export"),
+            identity=_scored_identity(run, who, file),
+            split=config.score.split,
+            seed=config.seed,
+            chip=config.score.chip,
+            batch_size=config.train.eval_batch_size,
+            settings=config.export,
+            provenance=_provenance(run, path),
+            progress=progress("export"),
+        )
+    return sorted(path.name for path in run.out("export").iterdir() if not path.name.startswith("."))

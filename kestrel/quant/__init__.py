@@ -1,0 +1,1 @@
+"""Quantisers and clipping ranges."""

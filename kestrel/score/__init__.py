@@ -1,0 +1,1 @@
+"""The one scorer: metrics with intervals, counts, pictures and the report."""

@@ -1,0 +1,193 @@
+"""The report of a score: one page that shows the result, what it was measured on, and how to get it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kestrel.score.count import Counts
+from kestrel.score.metrics import Confusion
+from kestrel.store.markdown import flat, percent, table
+
+
+@dataclass(frozen=True)
+class WrongClip:
+    """A clip with a wrong answer, and the softmax score of that answer."""
+
+    utt_id: str
+    position: int
+    true: str
+    heard: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a report shows beside result.json."""
+
+    counts: Counts
+    protocol: Mapping[str, Any]  # the feature file's: name, hash, and where known rules, counts, excluded, notes
+    confusions: Sequence[Confusion]
+    surest_errors: Sequence[WrongClip]
+    stages: Sequence[str]  # training stages of curves.png; empty: there is no such picture
+    analog_bits: int
+
+
+def report(result: Mapping[str, Any], evidence: Evidence) -> str:
+    """The page as Markdown; `result` is the content of result.json."""
+    sections = [
+        _headline(result, evidence),
+        _protocol(result, evidence.protocol),
+        _classes(result),
+        _confusions(evidence),
+        _training(evidence),
+        _layers(evidence),
+        _reproduce(result),
+        _files(evidence),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _headline(result: Mapping[str, Any], evidence: Evidence) -> str:
+    low, high = result["ci95"]
+    frames, width = evidence.counts.input_shape
+    correct = sum(entry["correct"] for entry in result["per_class"].values())
+    noise = (
+        f"standard deviation {result['evaluation_noise']:g} of the weight range"
+        if result["evaluation_noise"]
+        else "none"
+    )
+    rows: list[Sequence[Any]] = [
+        ("accuracy", f"{percent(result['accuracy'], 2)} ({correct:,} of {result['n']:,} clips)"),
+        ("95 % interval (Wilson)", f"{percent(low, 2)} to {percent(high, 2)}"),
+        ("protocol, split", f"`{result['protocol']['name']}`, {result['split']}"),
+        ("parameters", result["parameters"]),
+        ("multiply-adds per clip", f"{result['macs']:,} at input {frames} x {width} (frames x values)"),
+        ("weights as stored", f"{result['weight_bytes']:,} bytes"),
+        ("noise in evaluation", noise),
+        ("seed, chip", f"{result['seed']}, {result['chip']}"),
+    ]
+    if result["ties"]:
+        rows.append(("ties", f"{result['ties']:,} clips with the largest logit in several classes; the first is taken"))
+    return f"# {result['recipe']} / {result['tag']}\n\n" + table(("", ""), rows)
+
+
+def _protocol(result: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    lines = [
+        "## Protocol",
+        "",
+        f"`{result['protocol']['name']}`, {len(result['per_class'])} classes, corpus `{result['corpus']}`, "
+        f"front end `{result['frontend']}`. SHA-256 over its lists of clips:",
+        "",
+        f"`{result['protocol']['hash']}`",
+    ]
+    counts = protocol.get("counts")
+    if isinstance(counts, Mapping) and counts and all(isinstance(entry, Mapping) for entry in counts.values()):
+        splits = list(counts)
+        rows: list[Sequence[Any]] = [
+            (name, *(counts[split].get(name, 0) for split in splits)) for name in result["per_class"]
+        ]
+        rows.append(("all", *(sum(counts[split].values()) for split in splits)))
+        lines += ["", "Clips of each split:", "", table(("class", *splits), rows)]
+    for key, title in (("rules", "Rules"), ("excluded", "Clips left out")):
+        entries = protocol.get(key)
+        if isinstance(entries, Mapping) and entries:
+            lines += ["", f"{title}:", "", table(("", ""), flat(entries))]
+    notes = protocol.get("notes")
+    if isinstance(notes, list) and notes:
+        lines += ["", *(f"* {note}" for note in notes)]
+    return "\n".join(lines)
+
+
+def _classes(result: Mapping[str, Any]) -> str:
+    rows = []
+    for name, entry in result["per_class"].items():
+        bounds = entry["recall_ci95"]
+        interval = None if bounds is None else f"{100 * bounds[0]:.1f}-{100 * bounds[1]:.1f} %"
+        shares = (percent(entry[key]) for key in ("precision", "recall", "f1"))
+        rows.append((name, entry["n"], entry["correct"], *shares, interval))
+    header = ("class", "clips", "right", "precision", "recall", "F1", "95 % interval of recall")
+    return "## Classes\n\n" + table(header, rows)
+
+
+def _confusions(evidence: Evidence) -> str:
+    lines = ["## Confusions", "", "![confusion matrix](confusion.png)"]
+    if not evidence.confusions:
+        return "\n".join([*lines, "", "Every answer is right."])
+    lines += ["", "Most frequent wrong answers:", ""]
+    for pair in evidence.confusions:
+        share = percent(pair.count / pair.n)
+        lines.append(f"* {pair.true!r} was heard as {pair.heard!r} in {pair.count:,} of {pair.n:,} clips ({share}).")
+    lines += ["", "Wrong answers of which the network was surest (all clips are in scores.csv):", ""]
+    rows = [(clip.utt_id, clip.position, clip.true, clip.heard, f"{clip.score:.3f}") for clip in evidence.surest_errors]
+    lines.append(table(("clip", "position", "true class", "answer", "score"), rows))
+    return "\n".join(lines)
+
+
+def _training(evidence: Evidence) -> str:
+    if not evidence.stages:
+        return "## Training\n\nNo metrics.csv of this checkpoint's training was at hand, so there are no curves."
+    names = " and ".join(evidence.stages)
+    text = f"Error and loss of {names}; the dotted line marks the weights that were kept."
+    return f"## Training\n\n{text}\n\n![curves](curves.png)"
+
+
+def _layers(evidence: Evidence) -> str:
+    counts = evidence.counts
+    frames, width = counts.input_shape
+    rows: list[Sequence[Any]] = [(row["name"], row["parameters"], row["macs"]) for row in counts.layers]
+    rows.append(("all", counts.parameters, counts.macs))
+    lines = [
+        "## Layers",
+        "",
+        table(("layer", "parameters", "multiply-adds per clip"), rows),
+        "",
+        f"Counted for one clip of {frames} x {width} (frames x values) after feature post-processing. A multiply-add "
+        "is 1; activations, normalisation, biases, the front end and post-processing are not counted. A parameter "
+        "counts once. Bytes are those of the packed weights and biases with their scales; weights that were trained "
+        f"without quantisation are stored at {evidence.analog_bits} bits.",
+        "",
+        _thop(counts),
+    ]
+    return "\n".join(lines)
+
+
+def _thop(counts: Counts) -> str:
+    check = counts.thop
+    if check.macs is None:
+        return f"Cross-check with thop: {check.note}."
+    text = (
+        f"Cross-check with thop, which saw {check.note}: {check.macs:,} in all, of which {check.extra:,} are "
+        f"element-wise operations and biases that we do not count; {check.compared:,} "
+        f"remain, against {counts.macs:,} of ours. "
+    )
+    if check.skipped:
+        return text + f"thop does not support {'; '.join(check.skipped)}, so the figures cannot be compared."
+    text += "Both agree." if counts.thop_agrees else "They differ."
+    return text + f" thop saw {check.parameters:,} of the {counts.parameters:,} parameters."
+
+
+def _reproduce(result: Mapping[str, Any]) -> str:
+    dirty = {True: " with local changes", False: "", None: ""}[result["git_dirty"]]
+    seconds = result["train_seconds"]
+    rows = [
+        ("checkpoint, SHA-256", f"`{result['checkpoint_sha256']}`"),
+        ("configuration, SHA-256", f"`{result['config_hash']}`"),
+        ("git commit", f"`{result['git_commit']}`{dirty}" if result["git_commit"] else "unknown (not a git checkout)"),
+        ("torch, device", f"{result['torch']}, {result['device']}"),
+        ("batch size of evaluation", result["batch_size"]),
+        ("seconds of training", None if seconds is None else f"{seconds:,.1f}"),
+    ]
+    return f"## How to reproduce\n\n```\n{result['command']}\n```\n\n" + table(("", ""), rows)
+
+
+def _files(evidence: Evidence) -> str:
+    lines = [
+        "## Files",
+        "",
+        "* result.json: the figures of this page, for programs",
+        "* scores.csv: a line per clip with its true class, the answer and the softmax score of every class",
+        "* confusion.png" + (", curves.png" if evidence.stages else ""),
+    ]
+    return "\n".join(lines)

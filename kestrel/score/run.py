@@ -1,0 +1,156 @@
+"""The score of a trained spotter on one split: result.json, scores.csv, pictures and report.md."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kestrel.errors import KestrelError
+from kestrel.models.evaluate import ProgressCallback, accuracy, device_of, evaluation_noise, predict, softmax, ties
+from kestrel.models.inventory import evaluation_noise_of, network_shape
+from kestrel.score import plots
+from kestrel.score.count import Counts, count
+from kestrel.score.metrics import DIGITS, confusion, per_class, worst_confusions
+from kestrel.score.report import Evidence, WrongClip, report
+from kestrel.store.atomic import atomic_folder, disk_error, write_json, write_text
+
+if TYPE_CHECKING:
+    from kestrel.models.spotter import KeywordSpotter
+    from kestrel.store.hdf5 import FeatureFile
+
+SHOWN = 10  # confusions and wrong clips of the report
+PROVENANCE = ("checkpoint_sha256", "git_commit", "git_dirty", "torch", "device", "train_seconds", "command")
+
+
+def score(
+    spotter: KeywordSpotter,
+    data: FeatureFile,
+    out_dir: Path,
+    *,
+    identity: Mapping[str, Any],
+    split: str,
+    seed: int,
+    chip: int,
+    batch_size: int,
+    provenance: Mapping[str, Any],
+    analog_bits: int = 8,
+    metrics_csv: Sequence[tuple[str, Path]] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    progress: ProgressCallback | None = None,
+) -> dict[str, Any]:
+    """Score `spotter` on all clips of `data` and write the folder `out_dir` at once; returns what result.json holds.
+
+    Args:
+        identity: recipe, variant, tag, seed, classes and config_hash of the run.
+        split: name of the split that `data` holds.
+        seed, chip: key of the noise drawn in evaluation; with the same `batch_size` every scoring gives the same files.
+        provenance: checkpoint_sha256, git_commit, git_dirty, torch, device, train_seconds, command (PROVENANCE).
+        analog_bits: bits at which weights that were trained without quantisation are stored.
+        metrics_csv: (stage, its metrics.csv) in the order of training, for the curves.
+        extra: further entries of result.json, such as integer_accuracy or energy_uj.
+
+    Raises KestrelError where classes do not fit or the network gives no finite answer; nothing is written then.
+    """
+    names = _check_classes(data, identity)
+    with evaluation_noise(seed, chip, device_of(spotter)):
+        logits = predict(spotter, data, batch_size, progress)  # [N, C]
+    if logits.shape[1] != len(names):
+        raise KestrelError(
+            f"the network has {logits.shape[1]} outputs for {len(names)} classes: take its own checkpoint"
+        )
+    labels, predicted, shares = data.labels, logits.argmax(axis=1), softmax(logits)
+    right, matrix = accuracy(logits, labels), confusion(labels, predicted, len(names))
+    counts = count(spotter.net, network_shape(spotter), analog_bits)
+    result = {
+        **{key: identity[key] for key in ("recipe", "variant", "tag", "seed")},
+        "protocol": {key: data.protocol[key] for key in ("name", "hash")},
+        "split": split,
+        "n": right.n,
+        "accuracy": right.value,
+        "ci95": [round(bound, DIGITS) for bound in right.ci95],
+        "ties": ties(logits),
+        "per_class": per_class(matrix, names),
+        "parameters": counts.parameters,
+        "macs": counts.macs,
+        "weight_bytes": counts.weight_bytes,
+        **(extra or {}),
+        "input_shape": list(counts.input_shape),
+        "thop": _thop(counts),
+        "corpus": data.corpus,
+        "frontend": data.frontend.get("name", "unnamed"),
+        "chip": chip,
+        "batch_size": batch_size,
+        "evaluation_noise": evaluation_noise_of(spotter.net),
+        "config_hash": identity["config_hash"],
+        **{key: provenance.get(key) for key in PROVENANCE},
+    }
+    stages = list(metrics_csv or [])
+    evidence = Evidence(
+        counts=counts,
+        protocol=data.protocol,
+        confusions=worst_confusions(matrix, names, SHOWN),
+        surest_errors=_surest_errors(data, predicted, shares),
+        stages=[name for name, _ in stages],
+        analog_bits=analog_bits,
+    )
+    try:
+        with atomic_folder(out_dir) as folder:
+            write_json(folder / "result.json", result)
+            _write_scores(folder / "scores.csv", data, predicted, shares)
+            title = f"{result['protocol']['name']}, {split}: {100 * right.value:.2f} % of {right.n:,} clips right"
+            plots.confusion_matrix(matrix, names, title, folder / "confusion.png")
+            if stages:
+                plots.curves(stages, folder / "curves.png")
+            write_text(folder / "report.md", report(result, evidence))
+    except OSError as error:
+        raise disk_error(out_dir, error) from error
+    return result
+
+
+def _check_classes(data: FeatureFile, identity: Mapping[str, Any]) -> list[str]:
+    names, trained = list(data.classes), list(identity["classes"])
+    if names != trained:
+        raise KestrelError(
+            f"the features have classes {' '.join(names)}, the checkpoint {' '.join(trained)}: "
+            "score it on features of its own protocol"
+        )
+    return names
+
+
+def _thop(counts: Counts) -> dict[str, Any]:
+    check = counts.thop
+    return {
+        "macs": check.macs,
+        "not_counted_by_us": check.extra,
+        "macs_compared": check.compared,
+        "agrees": counts.thop_agrees,
+        "seen_as": check.note,
+        "skipped": check.skipped,
+    }
+
+
+def _surest_errors(data: FeatureFile, predicted: np.ndarray, shares: np.ndarray) -> list[WrongClip]:
+    """Wrong answers with the largest score, largest first."""
+    wrong = np.flatnonzero(predicted != data.labels)
+    scores = shares[wrong, predicted[wrong]]
+    return [
+        WrongClip(
+            data.utt_ids[row], int(row), data.classes[data.labels[row]], data.classes[predicted[row]], float(score)
+        )
+        for row, score in sorted(zip(wrong, scores, strict=True), key=lambda pair: (-pair[1], pair[0]))[:SHOWN]
+    ]
+
+
+def _write_scores(path: Path, data: FeatureFile, predicted: np.ndarray, shares: np.ndarray) -> None:
+    """One row per clip; classes by name, `position` is the row of the feature file (ids may repeat)."""
+    names = data.classes
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["utt_id", "position", "label", "predicted", "correct", *(f"score_{name}" for name in names)])
+        for row, (utt_id, label, answer) in enumerate(zip(data.utt_ids, data.labels, predicted, strict=True)):
+            scores = (f"{share:.6f}" for share in shares[row])
+            writer.writerow([utt_id, row, names[label], names[answer], int(label == answer), *scores])

@@ -1,0 +1,39 @@
+"""Settings of the training loop (no heavy imports: the planner reads them)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kestrel.settings import setting
+
+
+@dataclass
+class PhaseSpec:
+    """One training stage: length, optimiser and learning rate."""
+
+    epochs: int | None = setting(
+        None, "length in passes over the training clips; exactly one of epochs and steps", min=0
+    )
+    steps: int | None = setting(None, "length in batches; exactly one of epochs and steps", min=0)
+    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "optimiser")
+    lr: list[float] = setting([0.001], "learning rate of each segment", min=0)
+    lr_steps: list[int] = setting([], "segments: batches of each segment but the last; empty = equal shares", min=0)
+    schedule: Literal["segments", "cosine"] = setting("segments", "segments: constant pieces; cosine: from lr[0] to 0")
+    weight_decay: float = setting(0.0, "weight decay", min=0)
+    momentum: float = setting(0.9, "momentum of sgd", min=0, max=1)
+    grad_clip: float = setting(0.0, "largest gradient norm; 0 = no limit", min=0)
+    label_smoothing: float = setting(0.0, "label smoothing", min=0, max=1)
+    validate_every: int | None = setting(None, "batches between validations; null = once per epoch", min=1)
+
+
+@dataclass
+class TrainSpec(PhaseSpec):
+    """Stage 3, and what both training stages share."""
+
+    batch_size: int = setting(100, "clips of a batch", min=1)
+    eval_batch_size: int = setting(500, "clips of a batch in validation and scoring", min=1)
+    workers: int = setting(0, "loader processes; 0 = load in the training process", min=0, max=256)
+    threads: int | None = setting(None, "torch threads; null = one per core", min=1)
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
+    save_minutes: float = setting(5.0, "minutes between checkpoints inside an epoch", min=0)
