@@ -2,9 +2,9 @@
 # Trains, scores and exports a keyword spotter in numbered stages. Try: ./run.sh --help
 set -euo pipefail
 
-KESTREL_START=$PWD # paths on the command line are relative to the user's folder
+KESTREL_START=$(pwd -P) # paths on the command line are relative to the user's folder
 export KESTREL_START
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")"
 . ./path.sh
 . ./cmd.sh
 
@@ -13,13 +13,13 @@ trap 'rm -f "$plan"' EXIT
 "$python" steps/plan.py --plan-file "$plan" "$@"
 [ -s "$plan" ] || exit 0 # help or dry run
 
-backend=local flags=() sweep="" last="" failed="" exp=""
+backend=local flags=() sweep="" gather="" last="" failed="" exp=""
 while IFS=$'\t' read -r -u 3 kind first number name; do
   case $kind in
     backend) backend=$first ;;
     flags) IFS=$'\t' read -r -a flags <<<"$first"$'\t'"$number"$'\t'"$name" ;;
     extra) install_extra "$first" "$number" ;;
-    sweep) sweep=$first ;;
+    sweep) sweep=$first gather=$number ;;
     stage)
       exp=$first
       [ "$exp" != "$failed" ] || continue
@@ -39,8 +39,10 @@ while IFS=$'\t' read -r -u 3 kind first number name; do
   esac
 done 3<"$plan"
 
-if [ -n "$sweep" ]; then
+if [ -n "$gather" ]; then
   "$python" steps/gather.py "$sweep"
+elif [ -n "$sweep" ]; then
+  [ -z "$failed" ]
 else
   "$python" steps/summary.py "$exp"
 fi

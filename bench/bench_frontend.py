@@ -1,11 +1,12 @@
 """Speed of the front ends, features only, in clips of one second per second.
 
-    python -m bench.bench_frontend [--threads 2] [--clips 256] [--rounds 9]
+    python -m bench.bench_frontend [--threads 2] [--clips 100] [--rounds 60] [--cpu-time]
 
-Columns: one clip at a time with torchaudio's transform made anew for each (the loop of the original code bases); torchaudio in
-batches; kestrel in the same batches; kestrel reading random rows of packed audio as well. The variants take turns and the best
-round of each counts, because the machine may be shared. "deviation" is the largest difference from torchaudio in float64, clip
-by clip. Spartus' frames and filters have no torchaudio transform: the nearest one stands for its cost, without a deviation.
+Columns: one clip at a time with torchaudio's transform made anew for each (the loop of the original code bases);
+torchaudio in batches; kestrel in the same batches; kestrel reading random rows of packed audio as well. The variants
+take turns and the best round of each counts, because the machine may be shared; on a busy one, only the ratios of
+--cpu-time mean something. "deviation" is the largest difference from torchaudio in float64, clip by clip. Spartus'
+frames and filters have no torchaudio transform: the nearest one stands for its cost, without a deviation.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from kestrel.store.hdf5 import AudioFile, AudioWriter
 CONF = Path(__file__).resolve().parents[1] / "conf" / "frontends"
 NAMES = ("iscas21", "nas_kws40", "nas_kws", "hello_edge", "tinyspeech", "logmel40", "spartus")
 RATE = 16000
-LOOP_CLIPS = 24
+LOOP_CLIPS = 8
+LONGEST = 5.0
 
 
 class _LogMel(nn.Module):
@@ -41,16 +43,16 @@ class _LogMel(nn.Module):
         self.mel, self.spec = mel, spec
 
     def forward(self, wave: Tensor) -> Tensor:
-        mel = self.mel(wave)
-        return torch.log(mel + self.spec.log_floor) if self.spec.log == "ln" else 20 * mel.clamp(min=self.spec.log_floor).log10()
+        mel, floor = self.mel(wave), self.spec.log_floor
+        return torch.log(mel + floor) if self.spec.log == "ln" else 20 * mel.clamp(min=floor).log10()
 
 
 def torchaudio_transform(spec: FrontendSpec) -> nn.Module:
     """The torchaudio transform of a front end, or the nearest one: [B, S] -> [B, F, T]."""
     window = analysis_window(spec)
     options = {
-        "n_fft": spec.n_fft, "win_length": spec.window, "hop_length": spec.hop, "f_min": spec.f_min, "f_max": spec.f_max,
-        "n_mels": spec.mel_bands, "center": spec.center, "power": spec.power, "window_fn": lambda _: window.float(),
+        "n_fft": spec.n_fft, "win_length": spec.window, "hop_length": spec.hop, "window_fn": lambda _: window.float(),
+        "f_min": spec.f_min, "f_max": spec.f_max, "n_mels": spec.mel_bands, "center": spec.center, "power": spec.power,
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -77,16 +79,19 @@ def deviation(spec: FrontendSpec, frontend: Frontend, wave: Tensor) -> float | N
     return worst
 
 
-def best_times(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of the best round of each variant; they take turns."""
+def best_times(variants: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of the best round of each variant; they take turns. At least 3 rounds, then `LONGEST` seconds."""
+    begin = time.perf_counter()
     best = dict.fromkeys(variants, float("inf"))
     for variant in variants.values():
         variant()
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number >= 3 and time.perf_counter() - begin > LONGEST:
+            break
         for name, variant in variants.items():
-            start = time.perf_counter()
+            start = clock()
             variant()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], clock() - start)
     return best
 
 
@@ -104,12 +109,14 @@ def speech_like(clips: int, seed: int = 0) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clips", type=int, default=256, help="clips of a batch")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--clips", type=int, default=100, help="clips of a batch")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, its CPU time instead of the clock")
     parser.add_argument("--frontends", nargs="+", default=list(NAMES))
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    threads = 1 if arguments.cpu_time else arguments.threads
+    torch.set_num_threads(threads)
     audio = speech_like(arguments.clips)
     wave = torch.from_numpy(audio).float() / 32768.0
     rows = []
@@ -125,13 +132,16 @@ def main() -> None:
         packed = AudioFile(path)
         order = np.random.default_rng(1).permutation(len(packed))[: len(audio)]
         for name in arguments.frontends:
-            rows.append(measure(name, wave, packed, order, arguments.rounds))
-    print_table(rows, arguments.threads)
+            rows.append(measure(name, wave, packed, order, arguments.rounds, arguments.cpu_time))
+    print(
+        f"clips per second{' of CPU time' if arguments.cpu_time else ''}, {threads} threads, torch {torch.__version__}"
+    )
+    print_table(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(name: str, wave: Tensor, packed: AudioFile, order: np.ndarray, rounds: int) -> dict[str, object]:
+def measure(name: str, wave: Tensor, packed: AudioFile, order: np.ndarray, rounds: int, cpu: bool) -> dict[str, object]:
     """Clips per second of all variants of one front end."""
     spec = build(FrontendSpec, load_yaml(CONF / f"{name}.yaml"), name)
     frontend, batched = Frontend(spec), torchaudio_transform(spec)
@@ -152,25 +162,23 @@ def measure(name: str, wave: Tensor, packed: AudioFile, order: np.ndarray, round
     variants: dict[str, Callable[[], object]] = {
         "loop": loop, "torchaudio": batches, "kestrel": lambda: frontend(wave), "kestrel and reading": reading,
     }  # fmt: skip
-    seconds = best_times(variants, rounds)
+    seconds = best_times(variants, rounds, time.thread_time if cpu else time.perf_counter)
     speed = {key: (LOOP_CLIPS if key == "loop" else len(wave)) / value for key, value in seconds.items()}
     shape = f"{frontend.frames(RATE)} x {frontend.width}"
     title = f"{name} ({spec.window}/{spec.hop}, {spec.mel_bands} mels)"
     return {"front end": title, "shape": shape, **speed, "deviation": deviation(spec, frontend, wave[:16])}
 
 
-def print_table(rows: list[dict], threads: int) -> None:
+def print_table(rows: list[dict]) -> None:
     """The figures as a Markdown table."""
-    print(f"clips per second on {threads} threads, torch {torch.__version__}")
-    print("| front end | frames x width | loop | torchaudio | kestrel | with reading | ratio | with reading | deviation |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ("loop", "torchaudio", "kestrel", "kestrel and reading")
+    print(f"| front end | frames x width | {' | '.join(columns)} | ratio | with reading | deviation |")
+    print("|---" * 9 + "|")
     for row in rows:
-        base = row["torchaudio"]
+        speeds = [f"{row[column]:,.0f}" for column in columns]
+        ratios = [f"{row[column] / row['torchaudio']:.1f}x" for column in columns[2:]]
         shown = "-" if row["deviation"] is None else f"{row['deviation']:.1e}"
-        print(
-            f"| {row['front end']} | {row['shape']} | {row['loop']:,.0f} | {base:,.0f} | {row['kestrel']:,.0f} "
-            f"| {row['kestrel and reading']:,.0f} | {row['kestrel'] / base:.1f}x | {row['kestrel and reading'] / base:.1f}x | {shown} |"
-        )
+        print(f"| {' | '.join([row['front end'], row['shape'], *speeds, *ratios, shown])} |")
 
 
 if __name__ == "__main__":

@@ -26,15 +26,21 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
-    list("-+0123456789."),
-)
+_FLOAT = re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that `_Loader` or a reader of YAML 1.1 would take for something else."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _check_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -77,7 +83,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 def dump_yaml(data: Any) -> str:
     """Plain YAML in the order of the keys; words such as `yes` are quoted, so every YAML reader agrees."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def setting(default: Any, help: str, *, min: float | None = None, max: float | None = None) -> Any:
@@ -116,7 +122,7 @@ def _convert(value: Any, kind: Any, where: str, metadata: dict) -> Any:
                 continue
         return _convert(value, rest[-1], where, metadata)
     if origin is Literal:
-        if value in args:
+        if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         if isinstance(value, str) and all(isinstance(a, str) for a in args):
             raise unknown(f"value of {where}", value, args)
@@ -144,10 +150,10 @@ def _convert(value: Any, kind: Any, where: str, metadata: dict) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{where}: {value} is not a finite number")
     low, high = metadata.get("min"), metadata.get("max")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if low is not None and value < low or high is not None and value > high:
-            bounds = f">= {low:g}" if high is None else f"<= {high:g}" if low is None else f"{low:g}..{high:g}"
-            raise UsageError(f"{where}: {value} is out of bounds ({bounds})")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and ((low is not None and value < low) or (high is not None and value > high)):
+        bounds = f">= {low:g}" if high is None else f"<= {high:g}" if low is None else f"{low:g}..{high:g}"
+        raise UsageError(f"{where}: {value} is out of bounds ({bounds})")
     return value
 
 
@@ -208,6 +214,8 @@ def describe(cls: type, values: Any, where: str = "") -> list[tuple[str, str, st
         if dataclasses.is_dataclass(value):
             rows += describe(type(value), value, key)
         else:
-            shown = "null" if value is None else ("true" if value else "false") if isinstance(value, bool) else str(value)
+            shown = (
+                "null" if value is None else ("true" if value else "false") if isinstance(value, bool) else str(value)
+            )
             rows.append((key, shown, f"{field.metadata.get('help', '')} [{_type_name(hints[field.name])}]"))
     return rows

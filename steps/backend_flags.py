@@ -3,9 +3,9 @@
 
 import sys
 
+from kestrel.pipeline.backend import flags
 from kestrel.pipeline.console import setup_logging
 from kestrel.pipeline.step import ROOT, exit_code
-from kestrel.pipeline.backend import flags
 
 if __name__ == "__main__":
     setup_logging()

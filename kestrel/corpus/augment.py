@@ -1,12 +1,13 @@
 """Augmentation of training clips: time shift, background noise, and silence clips drawn anew from noise.
 
-Every draw is a number made from (seed, epoch, row, purpose) alone, so neither the order of the clips, nor the size of the batches,
-nor the number of loader processes can change what a clip becomes.
+Every draw is a number made from (seed, epoch, row, purpose) alone, so neither the order of the clips, nor the size of
+the batches, nor the number of loader processes can change what a clip becomes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,15 @@ _FULL_SCALE = np.float32(1.0 / 32768.0)
 def uniform(seed: int, epoch: int, purpose: str, rows: ArrayLike) -> NDArray[np.float64]:
     """Numbers in [0, 1) float64 [n], one for each row number, fixed by the arguments.
 
-    Number `row` of the SplitMix64 generator (Steele, Lea and Flood 2014), whose state is a plain counter, started at a hash of
-    seed, epoch and purpose.
+    Number `row` of the SplitMix64 generator (Steele, Lea and Flood 2014), whose state is a plain counter, started at a
+    hash of seed, epoch and purpose.
     """
     digest = hashlib.sha256(f"{seed}:{epoch}:{purpose}".encode()).digest()
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64
-        z = np.uint64(int.from_bytes(digest[:8], "little")) + (np.asarray(rows).astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        z = (
+            np.uint64(int.from_bytes(digest[:8], "little"))
+            + (np.asarray(rows).astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        )
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
@@ -39,8 +43,8 @@ class Augmenter:
     """Augments batches of clips as `spec` says.
 
     `noise` int16 [M] holds recordings one after the other, `offsets` int64 [K + 1] their bounds (training part only).
-    `silence_label` is the label of clips that are replaced by noise, None where there is no such class. Without noise, none is
-    added and silence clips stay as they are.
+    `silence_label` is the label of clips that are replaced by noise, None where there is no such class. Without noise,
+    none is added and silence clips stay as they are.
 
     Speech: shifted by a whole number of samples, uniform in -max..max, zeros moving in; then, with probability
     `noise_frequency`, a random window of a random recording is added with a gain uniform in 0..`noise_volume`.
@@ -61,13 +65,15 @@ class Augmenter:
         self.seed = seed
         self.largest_shift = round(spec.time_shift_ms * sample_rate / 1000.0)
         bounds = np.asarray(offsets, dtype=np.int64)
-        self._recordings = [noise[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+        self._recordings = [noise[a:b] for a, b in itertools.pairwise(bounds) if b > a]
 
     def __call__(self, audio: NDArray[np.int16], labels: ArrayLike, rows: ArrayLike, epoch: int) -> Tensor:
-        """float32 [B, S] in -1..1 of audio int16 [B, S], labels [B] and row numbers [B]; the arguments are not changed."""
+        """float32 [B, S] in -1..1 of audio int16 [B, S], labels [B] and row numbers [B], which stay unchanged."""
         numbers, classes = np.asarray(rows), np.asarray(labels)
         if not (audio.ndim == 2 and len(audio) == len(numbers) == len(classes)):
-            raise ValueError(f"audio {audio.shape}, labels {classes.shape} and rows {numbers.shape} do not fit together")
+            raise ValueError(
+                f"audio {audio.shape}, labels {classes.shape} and rows {numbers.shape} do not fit together"
+            )
         samples = audio.shape[1]
         draw: dict[str, Any] = {
             purpose: uniform(self.seed, epoch, purpose, numbers)

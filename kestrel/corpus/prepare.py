@@ -190,20 +190,28 @@ def _rule(main: Path, protocol: ProtocolSpec) -> str:
     return protocol.split
 
 
+def _read_lists(main: Path) -> dict[str, set[str]]:
+    """The clips that the list files of the main corpus name for validation and test."""
+    named = {
+        split: read_list(main / name) if (main / name).is_file() else set()
+        for split, name in (("validation", VALIDATION_LIST), ("test", TESTING_LIST))
+    }
+    if both := named["validation"] & named["test"]:
+        raise KestrelError(f"{min(both)} is in both {VALIDATION_LIST} and {TESTING_LIST} of {main}")
+    return named
+
+
 def _assign(
     rule: str, main: Path, protocol: ProtocolSpec, sound: dict[str, _Sound], found: list[_Found]
 ) -> _Assignment:
     """Assign the clips of both roots to the splits so that no speaker is in two of them."""
     result = _Assignment()
-    if rule == "list":
-        named = {
-            split: read_list(main / name) if (main / name).is_file() else set()
-            for split, name in (("validation", VALIDATION_LIST), ("test", TESTING_LIST))
-        }
-        if both := named["validation"] & named["test"]:
-            raise KestrelError(f"{min(both)} is in both {VALIDATION_LIST} and {TESTING_LIST} of {main}")
+    named: dict[str, set[str]] = {"validation": set(), "test": set()}
+    if rule == "list" or protocol.benchmark:  # a benchmark by the hash rule still knows which clips must be there
+        named = _read_lists(main)
         present = {f.utt_id for f in found if f.path.startswith("main:")}
         result.missing = sorted((named["validation"] | named["test"]) - present)
+    if rule == "list":
 
         def split_of(item: _Found) -> str:
             return next((split for split, names in named.items() if item.utt_id in names), "train")

@@ -17,8 +17,8 @@ class CorpusSpec:
     dir: str | None = setting(None, "the user's folder in GSC layout (kind folder); it is never changed")
     test_dir: str | None = setting(None, "a separate folder of test clips in GSC layout")
     archives: list[str] = setting([], "archives of conf/corpora.yaml that make up the corpus (kind archive)")
-    speakers: int = setting(160, "speakers of a synthetic corpus", min=1)
-    keyword_takes: int = setting(2, "clips of each keyword a synthetic speaker says", min=1)
+    speakers: int = setting(220, "speakers of a synthetic corpus", min=1)
+    keyword_takes: int = setting(3, "clips of each keyword a synthetic speaker says", min=1)
     seed: int = setting(0, "seed of a synthetic corpus", min=0)
 
 
@@ -30,9 +30,15 @@ class ProtocolSpec:
     words: list[str] = setting(
         "yes no up down left right on off stop go".split(), "keywords, in the order of their labels"
     )
-    unknown_percentage: float | None = setting(10.0, "unknown clips per 100 keyword clips; null = no such class", min=0, max=1000)
-    silence_percentage: float | None = setting(10.0, "silence clips per 100 keyword clips; null = no such class", min=0, max=1000)
-    split: Literal["hash", "list", "auto"] = setting("auto", "rule of the splits; auto = lists where the folder has them")
+    unknown_percentage: float | None = setting(
+        10.0, "unknown clips per 100 keyword clips; null = no such class", min=0, max=1000
+    )
+    silence_percentage: float | None = setting(
+        10.0, "silence clips per 100 keyword clips; null = no such class", min=0, max=1000
+    )
+    split: Literal["hash", "list", "auto"] = setting(
+        "auto", "rule of the splits; auto = lists where the folder has them"
+    )
     validation_percentage: float = setting(10.0, "share of the hash rule's validation split", min=0, max=100)
     testing_percentage: float = setting(10.0, "share of the hash rule's test split", min=0, max=100)
     sample_rate: int = setting(16000, "samples per second; clips of another rate are rejected", min=1000)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,9 @@ from kestrel.models.evaluate import accuracy, predict
 from kestrel.models.inventory import decoded_weights, noise_off, other_parameters, weight_codes
 from kestrel.quant.packing import SCALE_BYTES, WeightCodes
 from kestrel.store.markdown import table
+from kestrel.store.npz import write_npz
 
 EXPORTED = "integer weights (codes.npz)"
-
-_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file can say: members carry no time
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,6 @@ class Stored:
     code_bytes: int
     scale_bytes: int
     largest_error: float  # between the trained weight and the one that its code stands for
-
-
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as a compressed npz whose bytes depend on names and values alone."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays.items():
-            content = io.BytesIO()
-            np.lib.format.write_array(content, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
-            member = zipfile.ZipInfo(f"{name}.npy", _ZIP_TIME)
-            member.compress_type = zipfile.ZIP_DEFLATED
-            member.external_attr = 0o644 << 16
-            archive.writestr(member, content.getvalue())
 
 
 def code_arrays(codes: Mapping[str, WeightCodes], others: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

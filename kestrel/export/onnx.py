@@ -20,6 +20,7 @@ import torch
 from kestrel.errors import KestrelError
 from kestrel.export.codes import write_npz
 from kestrel.export.form import Part, Work
+from kestrel.export.loop import with_loops
 from kestrel.models.evaluate import Features, ProgressCallback
 from kestrel.models.inventory import noise_off
 
@@ -61,6 +62,7 @@ def write_onnx(spotter: KeywordSpotter, input_shape: tuple[int, int], path: Path
     model = copy.deepcopy(spotter).cpu()
     model.net.set_phase("eval")
     model.eval()
+    model.net = with_loops(model.net)
     example = torch.zeros(2, *input_shape)  # two clips, so that no operator mistakes the batch for a broadcast axis
     try:
         with noise_off(model.net), _quiet():

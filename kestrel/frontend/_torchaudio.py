@@ -1,7 +1,8 @@
 """The single place that imports torchaudio, also where its compiled extension does not fit the installed torch.
 
-torchaudio's wheels carry an extension built for CUDA, which cannot be loaded beside a CPU build of torch. Its transforms and
-filter definitions are pure PyTorch and need no extension, so a stand-in takes its place, only after the plain import failed.
+torchaudio's wheels carry an extension built for CUDA, which cannot be loaded beside a CPU build of torch. Its
+transforms and filter definitions are pure PyTorch and need no extension, so a stand-in takes its place, only after the
+plain import failed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _load() -> types.ModuleType:
             raise
         raise KestrelError("torchaudio is not installed: run ./run.sh once, or pip install torchaudio") from None
     except (OSError, ImportError, RuntimeError) as error:
-        _log.debug("torchaudio's extension cannot be loaded (%s); using its pure-PyTorch parts", str(error).splitlines()[0])
+        _log.debug(
+            "torchaudio's extension cannot be loaded (%s); using its pure-PyTorch parts", str(error).splitlines()[0]
+        )
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
             del sys.modules[name]
         sys.modules[_EXTENSION] = _without_extension()
@@ -50,7 +53,7 @@ def _load() -> types.ModuleType:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecation notes of parts that are not used here
     torchaudio = _load()
-    import torchaudio.functional as functional  # noqa: E402
-    import torchaudio.transforms as transforms  # noqa: E402
+    import torchaudio.functional as functional
+    import torchaudio.transforms as transforms
 
 __all__ = ["functional", "torchaudio", "transforms"]

@@ -1,4 +1,5 @@
-"""Stage 2: manifests to packed audio and noise, and packed audio to feature files. Memory does not grow with the clips' audio."""
+"""Stage 2: manifests to packed audio and noise, and packed audio to feature files. Memory does not grow with the clips'
+audio."""
 
 from __future__ import annotations
 
@@ -36,10 +37,11 @@ def pack_audio(
     progress: Progress | None = None,
     workers: int = 1,
 ) -> None:
-    """Write the clips of one split as packed audio (int16, all of `protocol["clip_samples"]` samples, in the manifest's order).
+    """Write the clips of one split as packed audio (int16, all of `protocol["clip_samples"]` samples, in the manifest's
+    order).
 
-    `workers` threads decode; the file does not depend on their number. Raises KestrelError where a clip is gone or has changed,
-    or the disk is full; nothing is left under `path` then.
+    `workers` threads decode; the file does not depend on their number. Raises KestrelError where a clip is gone or has
+    changed, or the disk is full; nothing is left under `path` then.
     """
     rows = list(clips)
     samples = int(protocol["clip_samples"])
@@ -101,7 +103,8 @@ def extract(audio: AudioFile, frontend: Frontend, path: Path, progress: Progress
     spec = frontend.spec
     if audio.sample_rate != spec.sample_rate:
         raise KestrelError(
-            f"{audio.path} holds {audio.sample_rate} samples per second, front end {spec.name!r} expects {spec.sample_rate}"
+            f"{audio.path} holds {audio.sample_rate} samples per second, "
+            f"front end {spec.name!r} expects {spec.sample_rate}"
         )
     note = frontend.describe_empty_filters()
     if note:

@@ -1,12 +1,14 @@
 """Audio to features: log-mel filter banks and MFCC, batched, in pure PyTorch.
 
-The definitions are torchaudio's (MelSpectrogram, MFCC) where a front end can be expressed there; the way to the numbers is
-shorter: only the bins that a filter uses, sums over a filter's own bins, no complex magnitudes, and chunks that stay in the
-processor's cache. `top_db` is applied to each clip by itself, so that a clip's features do not depend on its neighbours.
+The definitions are torchaudio's (MelSpectrogram, MFCC) where a front end can be expressed there; the way to the numbers
+is shorter: only the bins that a filter uses, sums over a filter's own bins, no complex magnitudes, and chunks that stay
+in the processor's cache. `top_db` is applied to each clip by itself, so that a clip's features do not depend on its
+neighbours.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -17,10 +19,11 @@ from kestrel.frontend.filters import analysis_window, check, dct_matrix, filter_
 from kestrel.frontend.spec import FrontendSpec
 from kestrel.frontend.spectrum import power_spectrum
 
-# Matrix products have widths of whole vector registers. That is fastest; and a narrow rest would be computed in another order,
-# depending on the number of rows, so that the last digits of a clip's features would depend on the size of its batch.
+# Matrix products have widths of whole vector registers. That is fastest; and a narrow rest would be computed in another
+# order, depending on the number of rows, so that the last digits of a clip's features would depend on the size of its
+# batch.
 _ALIGN = 16
-_CPU_FRAMES = 800  # frames of a chunk: its buffers fit the second-level cache
+_CPU_FRAMES = 400  # frames of a chunk for each thread: their buffers fit its cache
 _GPU_FRAMES = 1 << 17
 _GROUPS = 4  # filters are cut into this many groups, each multiplied with its own bins only
 
@@ -39,11 +42,12 @@ class _Group(NamedTuple):
 class Frontend(nn.Module):
     """A front end made from its settings. `width` = F, the number of coefficients or of mel bands.
 
-    Raises UsageError where the settings contradict each other. Not differentiable. Holds no trained values: its state_dict is
-    empty and it is rebuilt from the settings.
+    Raises UsageError where the settings contradict each other. Not differentiable. Holds no trained values: its
+    state_dict is empty and it is rebuilt from the settings.
     """
 
     dct: Tensor | None
+    dct_of_one: Tensor
 
     def __init__(self, spec: FrontendSpec) -> None:
         super().__init__()
@@ -64,8 +68,10 @@ class Frontend(nn.Module):
 
         dct = None
         if spec.coefficients is not None:
-            # Empty filters all hold log(floor): one column stands for all of them, its row of the DCT is the sum of theirs.
+            # Empty filters all hold log(floor): one column stands for all of them, its row of the DCT is the sum of
+            # theirs.
             dct = dct_matrix(spec.mel_bands, spec.coefficients) * _UNIT[spec.log]
+            self.register_buffer("dct_of_one", dct.sum(0).float(), persistent=False)
             if self._empty:
                 bank = torch.cat([bank[:, ~empty], torch.zeros(bank.shape[0], 1)], dim=1)
                 dct = torch.cat([dct[~empty], dct[empty].sum(0, keepdim=True)])
@@ -81,7 +87,7 @@ class Frontend(nn.Module):
         count = min(_GROUPS, units)
         bounds = [i * units // count * _ALIGN for i in range(count + 1)]
         groups = []
-        for index, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for index, (first, last) in enumerate(itertools.pairwise(bounds)):
             used = bank[:, first:last].sum(1).nonzero().flatten()
             low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
             self.register_buffer(f"filters_{index}", bank[low:high, first:last].contiguous(), persistent=False)
@@ -104,8 +110,8 @@ class Frontend(nn.Module):
         low, high = edges[self._empty[0]], edges[self._empty[-1] + 2]
         bin_width = self.spec.sample_rate / self.spec.n_fft
         return (
-            f"front end {self.spec.name}: {len(self._empty)} of {self.spec.mel_bands} mel filters are empty, between {low:.0f} "
-            f"and {high:.0f} Hz, where they are narrower than the {bin_width:.1f} Hz between bins"
+            f"front end {self.spec.name}: {len(self._empty)} of {self.spec.mel_bands} mel filters are empty, "
+            f"between {low:.0f} and {high:.0f} Hz, where they are narrower than the {bin_width:.1f} Hz between bins"
         )
 
     @torch.no_grad()
@@ -117,13 +123,12 @@ class Frontend(nn.Module):
         frames = self.frames(samples)
         device = wave.device
         out = torch.empty(clips, frames, self.width, device=device)
-        limit = _CPU_FRAMES if device.type == "cpu" else _GPU_FRAMES
+        limit = _CPU_FRAMES * torch.get_num_threads() if device.type == "cpu" else _GPU_FRAMES
         chunk = max(1, min(clips, limit // frames))
 
-        margin = padding(self.spec)
-        spec, tail = self.spec, 0
-        if spec.framing == "window":
-            tail = max(0, (frames - 1) * spec.hop + spec.window - samples)
+        margin, tail = padding(self.spec), 0
+        if self.spec.framing == "window":
+            tail = max(0, (frames - 1) * self.spec.hop + self.spec.window - samples)
         padded = torch.zeros(chunk, samples + 2 * margin + tail, device=device)
         space = self.spectrum.workspace(chunk, frames, device)
         power = torch.empty(chunk, frames, self.spectrum.bins, device=device)
@@ -132,12 +137,7 @@ class Frontend(nn.Module):
             count = min(chunk, clips - start)
             self._pad(wave[start : start + count], padded[:count], margin)
             self._log_mel(padded[:count], space, power[:count], mel[:count])
-            target = out[start : start + count]
-            if self.dct is None:
-                torch.mul(mel[:count, :, : self.width], _UNIT[spec.log], out=target)
-            else:
-                product = mel[:count].view(-1, self._columns) @ self.dct  # [n * T, width and padding]
-                target.copy_(product[:, : self.width].view(count, frames, self.width))
+            self._finish(mel[:count], out[start : start + count])
         return out
 
     @staticmethod
@@ -168,6 +168,21 @@ class Frontend(nn.Module):
             mel.add_(spec.log_floor).log_()
         else:
             mel.clamp_(min=spec.log_floor).log_()
-        if spec.top_db is not None:
-            lowest = mel.amax(dim=(1, 2), keepdim=True) - spec.top_db / _UNIT[spec.log]  # [n, 1, 1]
-            torch.maximum(mel, lowest, out=mel)
+
+    def _finish(self, mel: Tensor, out: Tensor) -> None:
+        """Range, unit and DCT of mel [n, T, columns], which is used up, into out [n, T, F]."""
+        unit = _UNIT[self.spec.log]
+        lowest: Tensor | None = None
+        if self.spec.top_db is not None:
+            lowest = mel.amax(dim=(1, 2), keepdim=True) - self.spec.top_db / unit  # [n, 1, 1]
+            # Counted from the lowest value: a sum of many equal large numbers would lose digits in the DCT.
+            mel.sub_(lowest).clamp_(min=0.0)
+        if self.dct is None:
+            torch.mul(mel[..., : self.width], unit, out=out)
+            if lowest is not None:
+                out.add_(lowest, alpha=unit)
+        else:
+            product = mel.view(-1, self._columns) @ self.dct  # [n * T, width and padding]
+            out.copy_(product.view(*mel.shape[:2], -1)[..., : self.width])
+            if lowest is not None:
+                out.addcmul_(lowest, self.dct_of_one)

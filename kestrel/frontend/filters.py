@@ -41,8 +41,8 @@ def padding(spec: FrontendSpec) -> int:
 def frame_count(spec: FrontendSpec, samples: int) -> int:
     """Frames of a clip of `samples` samples. Raises UsageError where the clip is too short for one.
 
-    framing fft: those of torch.stft. framing window: ceil(|samples - window| / hop), the last one padded with zeros (the
-    definition of DeltaRNN's log filter bank, specs of Spartus).
+    framing fft: those of torch.stft. framing window: ceil(|samples - window| / hop), the last one padded with zeros
+    (the definition of DeltaRNN's log filter bank, specs of Spartus).
     """
     if spec.framing == "window":
         if samples < 1:

@@ -2,17 +2,17 @@
 
 The steps belong to the model: they are stored in its checkpoint and exported with it. On features [B, T, F]:
 
-    normalise: channel | global    subtract mean, divide by standard deviation of the training split (per channel or over all)
-    dct: K                         first K coefficients of the orthonormal DCT-II over the channels: [B, T, K]
+    normalise: channel | global    subtract mean, divide by standard deviation of the training split (per channel or
+    over all) dct: K                         first K coefficients of the orthonormal DCT-II over the channels: [B, T, K]
     stack: N                       N neighbouring frames become one: [B, T // N, N * F]; left-over frames are dropped
-    average: N                     mean of N neighbouring frames: [B, T // N, F]; left-over frames are dropped
-    crop: [START, STOP]            frames START .. STOP - 1
+    average: N                     mean of N neighbouring frames: [B, T // N, F]; left-over frames are dropped crop:
+    [START, STOP]            frames START .. STOP - 1
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,13 @@ from kestrel.frontend.filters import dct_matrix
 Shape = tuple[int, int]
 
 
-class Normalise(nn.Module):
+class _Step(nn.Module):
+    """One step; `output_shape` is (T', F')."""
+
+    output_shape: Shape
+
+
+class Normalise(_Step):
     """(x - mean) / deviation, with statistics of the training split. A constant channel becomes zero."""
 
     mean: Tensor
@@ -57,8 +63,8 @@ class Normalise(nn.Module):
         if not torch.isfinite(mean).all() or not torch.isfinite(squares).all():
             raise KestrelError("the training features hold values that are not finite: run stage 2 again with --force")
         deviation = (squares / count).sqrt()
-        # Rounding of a constant channel leaves a deviation near zero, which must not blow it up.
-        constant = deviation <= 1e-6 * mean.abs().clamp(min=1e-6)
+        # A deviation below the resolution of float32 is rounding of a constant, which must not be blown up.
+        constant = deviation <= (1e-7 * mean.abs()).clamp(min=1e-12)
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(constant, 1.0, deviation))
 
@@ -66,7 +72,7 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.deviation
 
 
-class Dct(nn.Module):
+class Dct(_Step):
     """Orthonormal DCT-II over the channels, first `kept` coefficients."""
 
     matrix: Tensor
@@ -80,7 +86,7 @@ class Dct(nn.Module):
         return x @ self.matrix
 
 
-class Stack(nn.Module):
+class Stack(_Step):
     """Neighbouring frames side by side, in order of time."""
 
     def __init__(self, count: int, shape: Shape) -> None:
@@ -92,7 +98,7 @@ class Stack(nn.Module):
         return x[:, : self.used].reshape(-1, *self.output_shape)
 
 
-class Average(nn.Module):
+class Average(_Step):
     """Mean of neighbouring frames."""
 
     def __init__(self, count: int, shape: Shape) -> None:
@@ -105,7 +111,7 @@ class Average(nn.Module):
         return x[:, : frames * self.count].reshape(-1, frames, self.count, width).mean(2)
 
 
-class Crop(nn.Module):
+class Crop(_Step):
     """Frames start .. stop - 1."""
 
     def __init__(self, start: int, stop: int, shape: Shape) -> None:
@@ -125,26 +131,31 @@ def _whole(value: Any, where: str, low: int, high: int) -> int:
     return value
 
 
-def _normalise(value: Any, where: str, shape: Shape) -> nn.Module:
+def _normalise(value: Any, where: str, shape: Shape) -> _Step:
     if value not in ("channel", "global"):
         raise unknown(f"value of {where}", str(value), ("channel", "global"))
     return Normalise(value, shape)
 
 
-def _crop(value: Any, where: str, shape: Shape) -> nn.Module:
+def _crop(value: Any, where: str, shape: Shape) -> _Step:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise UsageError(f"{where}: expected [START, STOP], not {value!r}")
     start = _whole(value[0], f"{where}[0]", 0, shape[0] - 1)
     return Crop(start, _whole(value[1], f"{where}[1]", start + 1, shape[0]), shape)
 
 
-_STEPS = {
+_STEPS: dict[str, Callable[[Any, str, Shape], _Step]] = {
     "normalise": _normalise,
     "dct": lambda value, where, shape: Dct(_whole(value, where, 1, shape[1]), shape),
     "stack": lambda value, where, shape: Stack(_whole(value, where, 1, shape[0]), shape),
     "average": lambda value, where, shape: Average(_whole(value, where, 1, shape[0]), shape),
     "crop": _crop,
 }
+
+
+def _look_for_statistics(post: nn.Module, _: Any) -> None:
+    assert isinstance(post, Post)
+    post._ready = all(bool(torch.isfinite(s.deviation).all()) for s in post.steps if isinstance(s, Normalise))
 
 
 class Post(nn.Module):
@@ -171,12 +182,7 @@ class Post(nn.Module):
             self.steps.append(module)
         self.output_shape: Shape = shape
         self._ready = not any(isinstance(step, Normalise) for step in self.steps)
-        self.register_load_state_dict_post_hook(lambda module, _: module._look_for_statistics())
-
-    def _look_for_statistics(self) -> None:
-        self._ready = all(
-            bool(torch.isfinite(step.deviation).all()) for step in self.steps if isinstance(step, Normalise)
-        )
+        self.register_load_state_dict_post_hook(_look_for_statistics)
 
     @property
     def fitted(self) -> bool:
@@ -193,8 +199,7 @@ class Post(nn.Module):
         if len(places) > 1 and iter(batches) is batches:
             raise ValueError("several normalise steps need batches that can be iterated more than once")
         for place in places:
-            before = itertools.islice(self.steps, place)
-            earlier = list(before)
+            earlier = list(itertools.islice(self.steps, place))
             step = self.steps[place]
             assert isinstance(step, Normalise)
             device = step.mean.device

@@ -19,7 +19,8 @@ class FrontendSpec:
     n_fft: int = setting(640, "length of the Fourier transform", min=2)
     center: bool = setting(True, "centre the first frame on sample 0 (reflect padding) or start the frame there")
     framing: Literal["fft", "window"] = setting(
-        "fft", "fft: frames of n_fft samples with the window in their middle; window: frames of `window` samples, no centring"
+        "fft",
+        "fft: frames of n_fft samples with the window in their middle; window: frames of `window` samples, no centring",
     )
     window_function: Literal["hann", "hamming"] = setting("hann", "analysis window: periodic Hann or symmetric Hamming")
     power: float = setting(2.0, "exponent of the magnitude spectrum (2 = power, 1 = magnitude)", min=0.5, max=2)
@@ -30,7 +31,9 @@ class FrontendSpec:
     f_max: float = setting(8000.0, "upper edge of the filters in Hz", min=1)
     log: Literal["ln", "db", "db20"] = setting("ln", "ln(x + log_floor), 10 log10 max(x, log_floor), or 20 log10 of it")
     log_floor: float = setting(1e-6, "see log", min=0)
-    top_db: float | None = setting(None, "raise each clip's values to this far below its own maximum (log db or db20)", min=0)
+    top_db: float | None = setting(
+        None, "raise each clip's values to this far below its own maximum (log db or db20)", min=0
+    )
     coefficients: int | None = setting(None, "DCT-II (ortho) coefficients kept; null = log filter bank", min=1)
 
 

@@ -34,6 +34,24 @@ class Features(Protocol):
         ...
 
 
+class Passes:
+    """One progress figure over several passes through the same clips."""
+
+    def __init__(self, progress: ProgressCallback | None, clips: int, passes: int) -> None:
+        self._progress, self._clips, self._passes, self._begun = progress, clips, passes, 0
+
+    def next(self) -> ProgressCallback:
+        """The callback of the next pass."""
+        before = self._begun * self._clips
+        self._begun += 1
+
+        def advance(done: int, _: int) -> None:
+            if self._progress is not None:
+                self._progress(before + done, self._passes * self._clips)
+
+        return advance
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """`correct` of `n` clips."""

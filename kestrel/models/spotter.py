@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kestrel.frontend.post import Post
 from kestrel.models.network import Network
 
 
 class KeywordSpotter(nn.Module):
     """Features of the front end [B, T, F] -> logits [B, C].
 
-    `post` holds the fitted post-processing of features (kestrel.frontend.post.Post), `net` the network.
+    `post` holds the fitted post-processing of features, `net` the network.
     """
 
-    def __init__(self, post: nn.Module, net: Network) -> None:
+    def __init__(self, post: Post, net: Network) -> None:
         super().__init__()
         self.post = post
         self.net = net

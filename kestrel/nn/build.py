@@ -23,18 +23,19 @@ from kestrel.errors import KestrelError
 from kestrel.store.atomic import atomic_path
 
 SOURCE = Path(__file__).parent / "csrc" / "quant_lstm.cpp"
+SOURCES = (SOURCE, SOURCE.with_name("quant_lstm_loops.inc"))
 LIBRARY = "quant_lstm.so"
 FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-shared"),
     # No contraction into fused multiply-adds: the same rounding as PyTorch's operators, on every processor.
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas", "-Wno-psabi"),
 )
 _SECONDS = 300
 
 
 def cache_folders() -> list[Path]:
     """Folders that may hold the library, best first."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
     digest.update("\n".join([torch.__version__, platform.machine(), sys.platform, *FLAGS]).encode())
     name = f"native-{digest.hexdigest()[:16]}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -32,7 +32,7 @@ class Problem(ctypes.Structure):
         ("noise", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "back_ih", "back_hh", "ranges")),
-        *((name, ctypes.c_void_p) for name in ("value", "slope", "saved", "scratch", "h", "grad_h")),
+        *((name, ctypes.c_void_p) for name in ("tables", "saved", "scratch", "h", "grad_h")),
         *((name, ctypes.c_void_p) for name in ("d_ih", "d_hh", "db_ih", "db_hh", "d_ranges", "d_x")),
     ]
 
@@ -102,25 +102,25 @@ def slices_of(blocks: int, batch: int) -> int:
     return max(1, min(wanted, batch // 8))
 
 
-def _tables(cell: Cell) -> tuple[Tensor, Tensor]:
-    """Quantised values and derivatives of the activations for every code, [5, N, 2^nm] each.
+def _tables(cell: Cell) -> Tensor:
+    """Quantised value and derivative of the activations for every code, [5, N, 2^nm, 2].
 
-    Order: sigmoid f, i, o around tanh j (as `enum Table` in the source), then tanh c. Where the range clips the value, the
-    derivative is -1, which no activation has.
+    Order as `enum Table` in the source: sigmoid f, sigmoid i, tanh j, sigmoid o, tanh c. Where the range clips the value,
+    the derivative is -1, which no activation has.
     """
     bits = cell.bits.nm
     if bits is None:
-        return torch.empty(0), torch.empty(0)
+        return torch.empty(0)
     half = 2 ** (bits - 1)
     codes = torch.arange(-half, half, dtype=torch.float32) * (1 / half)
-    limits = [cell.ranges[ROW[name]].view(-1, 1) for name in ("a3", "a4", "a5", "a6", "a10")]
-    gates, state = codes * cell.ranges[ROW["a14"]].view(-1, 1), codes * cell.ranges[ROW["a9"]].view(-1, 1)  # [N, 2^nm]
+    gates, state = (codes * cell.ranges[ROW[name]].view(-1, 1) for name in ("a14", "a9"))  # [N, 2^nm]
     sigmoid, tanh, shown = torch.sigmoid(gates), torch.tanh(gates), torch.tanh(state)
-    plain = torch.stack([sigmoid, sigmoid, tanh, sigmoid, shown])
-    limit = torch.stack(limits)  # [5, N, 1]
-    slope = torch.stack([sigmoid * (1 - sigmoid)] * 2 + [1 - tanh**2, sigmoid * (1 - sigmoid), 1 - shown**2])
+    plain = torch.stack([sigmoid, sigmoid, tanh, sigmoid, shown])  # [5, N, 2^nm]
+    limit = torch.stack([cell.ranges[ROW[name]].view(-1, 1) for name in ("a3", "a4", "a5", "a6", "a10")])
+    bend = sigmoid * (1 - sigmoid)
+    slope = torch.stack([bend, bend, 1 - tanh**2, bend, 1 - shown**2])
     slope[plain.abs() > limit] = -1.0
-    return round_to_level(plain, bits, limit).contiguous(), slope.contiguous()
+    return torch.stack([round_to_level(plain, bits, limit), slope], dim=-1)
 
 
 def _problem(x: Tensor, cell: Cell, deviation: float, seed: int, keep: bool) -> Problem:
@@ -143,7 +143,7 @@ def _problem(x: Tensor, cell: Cell, deviation: float, seed: int, keep: bool) -> 
     )
 
 
-CHUNK = 4  # time steps whose weight gradients are summed by one matrix product
+CHUNK = 2  # time steps whose weight gradients are summed by one matrix product
 
 
 class _Sequence(torch.autograd.Function):
@@ -162,7 +162,7 @@ class _Sequence(torch.autograd.Function):
             **{"x": x, "w_ih": front_ih, "w_hh": front_hh, "b_ih": bias_ih, "b_hh": bias_hh},
             **{"back_ih": back_ih, "back_hh": back_hh, "ranges": ranges.detach().contiguous()},
         }
-        held["value"], held["slope"] = _tables(cell)
+        held["tables"] = _tables(cell)
         problem = _problem(x, cell, deviation, seed, keep)
         for name, tensor in held.items():
             setattr(problem, name, tensor.data_ptr())

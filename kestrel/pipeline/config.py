@@ -108,8 +108,8 @@ def variants(root: Path, recipe: str) -> list[str]:
     return ["base", *sorted(p.stem for p in (root / "recipes" / recipe / "variants").glob("*.yaml"))]
 
 
-def _is_folder(name: str) -> bool:
-    return "/" in name or name.startswith(".") or Path(name).is_dir()
+def _is_folder(name: str, start: Path) -> bool:
+    return "/" in name or name.startswith(".") or (start / name).is_dir()
 
 
 def resolve_path(root: Path, path: str, start: Path) -> str:
@@ -126,12 +126,14 @@ def _corpus(root: Path, options: Options, overrides: dict, start: Path) -> tuple
         protocol = entry.pop("protocol")
         entry.pop("script", None)
         section = {"name": options.corpus, **entry}
-    elif _is_folder(options.corpus):
+    elif _is_folder(options.corpus, start):
         folder = Path(os.path.abspath(start / Path(options.corpus).expanduser()))
         if not folder.is_dir():
             raise UsageError(f"--corpus {options.corpus}: no such folder")
         name = re.sub(r"[^\w.-]+", "_", folder.name) or "corpus"
-        section = {"name": name, "kind": "folder", "dir": resolve_path(root, str(folder), start)}
+        if name in known:  # its own place in data/ and feat/
+            name += "-folder"
+        section = {"name": name, "kind": "folder", "dir": str(folder)}
         protocol = None
     else:
         error = unknown("corpus", options.corpus, known)
@@ -203,9 +205,15 @@ def read_feature_attributes(folder: Path) -> dict[str, Any]:
         path = folder / f"{split}.h5"
         try:
             with h5py.File(path, "r") as file:
-                attributes = {key: file.attrs[key] for key in ("format", "classes", "protocol", "corpus", "frontend") if key in file.attrs}
+                attributes = {
+                    key: file.attrs[key]
+                    for key in ("format", "classes", "protocol", "corpus", "frontend")
+                    if key in file.attrs
+                }
         except FileNotFoundError:
-            raise KestrelError(f"--feat-dir: {path} does not exist (a folder needs train.h5, validation.h5 and test.h5)") from None
+            raise KestrelError(
+                f"--feat-dir: {path} does not exist (a folder needs train.h5, validation.h5 and test.h5)"
+            ) from None
         except OSError as error:
             raise KestrelError(f"--feat-dir: {path} is not a readable HDF5 file ({error})") from None
         if attributes.get("format") != "kestrel-features-1" or "classes" not in attributes:
@@ -213,10 +221,14 @@ def read_feature_attributes(folder: Path) -> dict[str, Any]:
         if found and attributes["classes"] != found["classes"]:
             raise KestrelError(f"--feat-dir: {path} has other classes than train.h5")
         found = found or attributes
-    protocol = json.loads(found.get("protocol", "{}"))
+    try:
+        classes, protocol = json.loads(found["classes"]), json.loads(found.get("protocol", "{}"))
+        name = str(protocol.get("name") or folder.name)
+    except (ValueError, TypeError, AttributeError):
+        raise KestrelError(f"--feat-dir: classes or protocol of {folder / 'train.h5'} are not valid JSON") from None
     return {
-        "classes": json.loads(found["classes"]),
-        "protocol_name": str(protocol.get("name") or folder.name),
+        "classes": classes,
+        "protocol_name": re.sub(r"[^\w.-]+", "_", name),
         "corpus": str(found.get("corpus", "features")),
     }
 

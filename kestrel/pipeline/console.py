@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 log = logging.getLogger("kestrel")
 
@@ -69,7 +70,7 @@ class Progress:
 class _Console(logging.StreamHandler):
     """Log lines on stderr that do not collide with a progress bar."""
 
-    bars: list[Progress] = []
+    bars: ClassVar[list[Progress]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         for bar in self.bars:
@@ -86,6 +87,7 @@ def progress(label: str) -> Progress:
 
 def setup_logging(file: Path | None = None) -> None:
     """Send the `kestrel` log to stderr and, with dates, to the end of `file`."""
+    logging.raiseExceptions = False  # a full disk must not add tracebacks of the log file to the one line about it
     logger = logging.getLogger("kestrel")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from kestrel.settings import describe, load_yaml
 from kestrel.store.atomic import write_json, write_text
 from kestrel.store.lock import lock
 
+_PLACEHOLDER = re.compile(r"(corpus\.(test_)?dir=)?\$(FEATS|CORPUS|TEST|CHECKPOINT)")
 BACKENDS = ("local", "slurm")
 
 
@@ -35,7 +37,12 @@ def _parser() -> _Parser:
     parser = _Parser(prog="./run.sh", add_help=False, allow_abbrev=False)
     add = parser.add_argument
     add("--recipe", default=Options.recipe, metavar="NAME", help="recipe: a folder of recipes/")
-    add("--corpus", default=Options.corpus, metavar="NAME|DIR", help="corpus of conf/corpora.yaml, or a folder in GSC layout")
+    add(
+        "--corpus",
+        default=Options.corpus,
+        metavar="NAME|DIR",
+        help="corpus of conf/corpora.yaml, or a folder in GSC layout",
+    )
     add("--protocol", metavar="NAME", help="protocol of conf/protocols; default: the corpus's own")
     add("--variant", metavar="NAME", help="variant of the recipe; default: mini for corpus mini, else base")
     add("--tag", metavar="NAME", help="folder of the run; default: <variant>-<protocol>-seed<seed>")
@@ -66,7 +73,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     values, rest = parser.parse_known_args(list(arguments))
     if rest:
         hint = nearest(f"--{rest[0]}", known) if len(rest[0]) > 2 else None
-        raise UsageError(f"unexpected argument {rest[0]!r}" + (f"; did you mean {hint}?" if hint else "; see ./run.sh --help"))
+        raise UsageError(
+            f"unexpected argument {rest[0]!r}" + (f"; did you mean {hint}?" if hint else "; see ./run.sh --help")
+        )
     if values.backend not in BACKENDS:
         raise unknown("backend", values.backend, BACKENDS)
     for name in ("stage", "stop_stage"):
@@ -85,7 +94,13 @@ def options_of(values: argparse.Namespace) -> Options:
 
 def help_text(values: argparse.Namespace, root: Path, start: Path) -> str:
     """The help page, with the values that the other options on the command line give."""
-    lines = ["usage: ./run.sh [options]", "", "Train, score and export a keyword spotter in numbered stages, each of which can be resumed.", "", "Stages:"]
+    lines = [
+        "usage: ./run.sh [options]",
+        "",
+        "Train, score and export a keyword spotter in numbered stages, each of which can be resumed.",
+        "",
+        "Stages:",
+    ]
     lines += [f"  {stage.number}  {stage.name:<10} {stage.does}" for stage in STAGES]
     lines += ["", "Options (current value in brackets):"]
     for action in _parser()._actions:
@@ -100,7 +115,18 @@ def help_text(values: argparse.Namespace, root: Path, start: Path) -> str:
     lines.append(f"Corpora: {', '.join(corpora)}, or any folder in GSC layout")
     lines.append(f"Protocols: {', '.join(sorted(p.stem for p in (root / 'conf' / 'protocols').glob('*.yaml')))}")
     lines += ["", f"Settings for --set (recipe {config.recipe}, variant {config.variant}; current value):"]
-    for section in ("corpus", "protocol", "frontend", "feature", "augment", "model", "train", "retrain", "score", "export"):
+    for section in (
+        "corpus",
+        "protocol",
+        "frontend",
+        "feature",
+        "augment",
+        "model",
+        "train",
+        "retrain",
+        "score",
+        "export",
+    ):
         value = getattr(config, section)
         if value is not None:
             lines += [f"  {key}={shown}  {text}" for key, shown, text in describe(type(value), value, section)]
@@ -118,7 +144,10 @@ def _canonical(values: argparse.Namespace, config: Config, *, placeholders: bool
         command += ["--feat-dir", place(config.feat_dir, "FEATS")]
     elif config.corpus is not None:
         folder = config.corpus.dir
-        command += ["--corpus", (folder if Path(folder).is_absolute() else f"./{folder}") if folder else config.corpus.name]
+        command += [
+            "--corpus",
+            (folder if Path(folder).is_absolute() else f"./{folder}") if folder else config.corpus.name,
+        ]
         if folder:
             command[-1] = place(command[-1], "CORPUS")
     if values.protocol:
@@ -127,8 +156,10 @@ def _canonical(values: argparse.Namespace, config: Config, *, placeholders: bool
     if values.tag:
         command += ["--tag", values.tag]
     for text in values.set:
-        if text.startswith("corpus.test_dir=") and config.corpus is not None and config.corpus.test_dir:
-            text = f"corpus.test_dir={place(config.corpus.test_dir, 'TEST')}"
+        for key, name in (("dir", "CORPUS"), ("test_dir", "TEST")):
+            folder = getattr(config.corpus, key, None)
+            if folder and text.startswith(f"corpus.{key}="):
+                text = f"corpus.{key}={place(folder, name)}"
         command += ["--set", text]
     if config.checkpoint is not None:
         command += ["--checkpoint", place(config.checkpoint, "CHECKPOINT")]
@@ -137,14 +168,16 @@ def _canonical(values: argparse.Namespace, config: Config, *, placeholders: bool
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _quote(words: list[str]) -> str:
-    return " ".join(word if word.startswith("$") else shlex.quote(word) for word in words)
+    return " ".join(word if _PLACEHOLDER.fullmatch(word) else shlex.quote(word) for word in words)
 
 
 def write_run(root: Path, exp: Path, config: Config, values: argparse.Namespace) -> None:
@@ -185,7 +218,13 @@ def _dry_run(runs: list[Run], stages: list[str]) -> str:
         expected: set[str] = set()
         for name in stages:
             state = status(run, name, frozenset(expected))
-            word = {"absent": "nothing to do", "skip": "skip", "run": "run", "resume": "resume", "extend": "extend"}.get(state.action, "stop")
+            word = {
+                "absent": "nothing to do",
+                "skip": "skip",
+                "run": "run",
+                "resume": "resume",
+                "extend": "extend",
+            }.get(state.action, "stop")
             lines.append(f"  stage {BY_NAME[name].number} {name:<9} {word}: {state.reason}")
             if word == "stop":
                 break
@@ -198,7 +237,7 @@ def main(arguments: Sequence[str], root: Path, plan_file: Path, start: Path) -> 
     """Resolve the options; print help or a dry run, or write the plan that run.sh walks through.
 
     The plan is made of tab-separated lines: `backend NAME`, `flags FLAG...`, `extra NAME TEXT` for
-    optional packages that are missing, `sweep FOLDER` where the runs are points of a sweep, then `stage EXP NUMBER NAME`
+    optional packages that are missing, `sweep FOLDER [gather]` where the runs are points of a sweep, then `stage EXP NUMBER NAME`
     in order.
     """
     arguments = list(arguments)
@@ -233,17 +272,25 @@ def main(arguments: Sequence[str], root: Path, plan_file: Path, start: Path) -> 
             config.tag = exp_dir.name
     stages = [stage.name for stage in STAGES if first <= stage.number <= last]
     if values.dry_run:
-        sys.stdout.write(_dry_run([Run(root, exp, config, values.nproc, values.force) for exp, config, _ in points], stages))
+        sys.stdout.write(
+            _dry_run([Run(root, exp, config, values.nproc, values.force) for exp, config, _ in points], stages)
+        )
         return
     lines = [f"backend\t{values.backend}"]
-    flags = ["--nproc", str(values.nproc)] + (["--force"] if values.force else []) + (["--profile"] if values.profile else [])
+    flags = (
+        ["--nproc", str(values.nproc)]
+        + (["--force"] if values.force else [])
+        + (["--profile"] if values.profile else [])
+    )
     lines.append("\t".join(["flags", *flags]))
     synthetic = [config for _, config, _ in points if config.corpus is not None and config.corpus.kind == "synthetic"]
     if synthetic and "download" in stages and importlib.util.find_spec("espeakng_loader") is None:
-        lines.append("extra\tmini\tespeakng-loader, speech synthesiser eSpeak NG (licence GPL-3.0), used at run time for corpus mini only")
+        lines.append(
+            "extra\tmini\tespeakng-loader, speech synthesiser eSpeak NG (licence GPL-3.0), used at run time for corpus mini only"
+        )
     if sweep_folder is not None:
         sweep.write_points(sweep_folder)
-        lines.append(f"sweep\t{sweep_folder.relative_to(root)}")
+        lines.append(f"sweep\t{sweep_folder.relative_to(root)}\t{'gather' if last >= 5 else ''}")
     for exp, config, own in points:
         write_run(root, exp, config, own)
         relative = exp.relative_to(root)

@@ -6,9 +6,10 @@ hashes, and an id made of these hashes, which later stages record as their input
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,11 @@ class Run:
         if self.config.checkpoint is not None:
             return "checkpoint", self.root / self.config.checkpoint
         stage = "retrain" if self.config.retrain is not None else "pretrain"
-        if stage == "retrain" and not done_file(self.out("retrain")).exists() and not (self.out("retrain") / "best.pt").exists():
+        if (
+            stage == "retrain"
+            and not done_file(self.out("retrain")).exists()
+            and not (self.out("retrain") / "best.pt").exists()
+        ):
             stage = "pretrain"
         return stage, self.out(stage) / "best.pt"
 
@@ -146,11 +151,16 @@ def settings_of(run: Run, stage: str) -> dict[str, Any]:
         return {**network, "train": train}
     if stage == "retrain":
         return {**network, "batch_size": config.train.batch_size, "train": section(config.retrain)}
-    shared = {"recipe": config.recipe, "variant": config.variant, "tag": config.tag, "seed": config.seed, "model": section(config.model)}
+    shared = {
+        "recipe": config.recipe,
+        "variant": config.variant,
+        "tag": config.tag,
+        "seed": config.seed,
+        "model": section(config.model),
+    }
     shared["eval_batch_size"] = config.train.eval_batch_size
-    if stage == "score":
-        return {**shared, "score": section(config.score), "export": section(config.export)}
-    return {**shared, "export": section(config.export)}
+    # Both use both: score reports the exported bits, export checks its files on the scored split.
+    return {**shared, "score": section(config.score), "export": section(config.export)}
 
 
 def result_id(folder: Path) -> str | None:
@@ -162,15 +172,23 @@ def result_id(folder: Path) -> str | None:
 def listing_id(folder: Path) -> str:
     """A fingerprint of a folder's files: names, sizes and times of change, not their contents."""
     rows = []
-    stack = [str(folder)]
+    stack, seen = [str(folder)], set()
     while stack:
-        with os.scandir(stack.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    stack.append(entry.path)
-                else:
-                    stat = entry.stat()
-                    rows.append((os.path.relpath(entry.path, folder), stat.st_size, stat.st_mtime_ns))
+        place = stack.pop()
+        real = os.path.realpath(place)
+        if real in seen:  # links in a circle
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(place) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if entry.is_dir():
+                        stack.append(entry.path)
+                    else:
+                        stat = entry.stat(follow_symlinks=not entry.is_symlink() or os.path.exists(entry.path))
+                        rows.append((os.path.relpath(entry.path, folder), stat.st_size, stat.st_mtime_ns))
+        except OSError as error:
+            raise KestrelError(f"cannot list {error.filename or place}: {error.strerror}") from None
     return sha256_json(sorted(rows))
 
 
@@ -182,7 +200,9 @@ def _file_id(run: Run, path: Path) -> str:
     key = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
     if key not in cache:
         cache[key] = sha256_file(path)
-        write_json(cache_file, cache)
+        with contextlib.suppress(KestrelError):  # it only saves time; a dry run makes no folder for it
+            if run.exp.is_dir():
+                write_json(cache_file, cache)
     return cache[key]
 
 
@@ -281,6 +301,15 @@ def _outputs_present(folder: Path, marker: dict[str, Any]) -> str | None:
     return None
 
 
+def _packs_missing(run: Run, stage: str) -> str | None:
+    """Stage 2 also makes the packed audio; several front ends share it."""
+    if stage != "feature":
+        return None
+    names = [done_file(run.packs).name, *(f"{name}.h5" for name in (*SPLITS, "noise"))]
+    missing = [name for name in names if not (run.packs / name).exists()]
+    return f"packed audio is missing ({missing[-1]})" if missing else None
+
+
 def status(run: Run, stage: str, expected: frozenset[str] = frozenset()) -> Status:
     """What running `stage` now would do. `expected`: stages that a dry run counts as done before it."""
     absent = present(run, stage)
@@ -292,6 +321,8 @@ def status(run: Run, stage: str, expected: frozenset[str] = frozenset()) -> Stat
         if value is None and name.split()[0] not in expected:
             return Status("blocked", _missing(run, stage, name))
     rerun = [name for name in found if name.split()[0] in expected]
+    if stage in ("score", "export") and "retrain" in expected and run.config.checkpoint is None:
+        rerun = ["retrain"]  # it will be there by then
     inputs = {name: value or "" for name, value in found.items()}
     folder = run.out(stage)
     marker_file, started = done_file(folder), started_file(folder)
@@ -303,9 +334,14 @@ def status(run: Run, stage: str, expected: frozenset[str] = frozenset()) -> Stat
         marker = read_json(marker_file)
         changes = _changes(marker["settings"], settings)
         if marker["inputs"] != inputs:
-            return Status("run", f"its input changed ({', '.join(k for k in inputs if marker['inputs'].get(k) != inputs[k])})", settings, inputs)
+            return Status(
+                "run",
+                f"its input changed ({', '.join(k for k in inputs if marker['inputs'].get(k) != inputs[k])})",
+                settings,
+                inputs,
+            )
         if not changes:
-            problem = _outputs_present(folder, marker)
+            problem = _outputs_present(folder, marker) or _packs_missing(run, stage)
             if problem is None:
                 return Status("skip", "up to date", settings, inputs)
             return Status("run", problem, settings, inputs)
@@ -334,24 +370,39 @@ def status(run: Run, stage: str, expected: frozenset[str] = frozenset()) -> Stat
     return Status("run", "not yet run", settings, inputs)
 
 
+def outdated_inputs(run: Run, stage: str) -> list[str]:
+    """A line for each earlier result that is taken as it is although settings or inputs changed since it was made."""
+    lines = []
+    for earlier in STAGES[1 : BY_NAME[stage].number]:  # not stage 0: it would list the folder of the user again
+        if present(run, earlier.name) is not None or not done_file(run.out(earlier.name)).exists():
+            continue
+        state = status(replace(run, force=False), earlier.name)
+        if state.action in ("run", "extend"):
+            lines.append(
+                f"taking stage {earlier.number} {earlier.name} as it is, but {state.reason} (--stage {earlier.number} renews it)"
+            )
+    return lines
+
+
 def begin(run: Run, stage: str, state: Status) -> None:
     """Make the stage folder ready: continue in it, or start anew with a finished one kept as `<stage>.prev`."""
     folder = run.out(stage)
-    if stage in ("pretrain", "retrain", "score", "export"):
-        if state.action == "run" and folder.exists():
-            if done_file(folder).exists():
-                previous = folder.with_name(f"{folder.name}.prev")
-                shutil.rmtree(previous, ignore_errors=True)
-                os.replace(folder, previous)
-            else:
-                shutil.rmtree(folder)
+    if BY_NAME[stage].number >= 3 and state.action == "run" and folder.exists():
+        if done_file(folder).exists():
+            previous = folder.with_name(f"{folder.name}.prev")
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(folder, previous)
+        else:
+            shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if stage in ("pretrain", "retrain"):
         write_json(started_file(folder), {"settings": state.settings, "inputs": state.inputs})
     done_file(folder).unlink(missing_ok=True)
 
 
-def finish(run: Run, stage: str, state: Status, outputs: list[str], seconds: float, volatile: tuple[str, ...] = ()) -> None:
+def finish(
+    run: Run, stage: str, state: Status, outputs: list[str], seconds: float, volatile: tuple[str, ...] = ()
+) -> None:
     """Write the done-marker; `outputs` are paths below the stage folder, `volatile` ones stay out of the id."""
     folder = run.out(stage)
     if not outputs:

@@ -8,21 +8,24 @@ import cProfile
 import logging
 import os
 import pstats
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from kestrel.errors import EXIT_AGAIN, EXIT_ERROR, EXIT_USAGE, KestrelError, RunAgain, UsageError
 from kestrel.pipeline.config import load_config
 from kestrel.pipeline.console import duration, setup_logging
-from kestrel.pipeline.stages import BY_NAME, Run, Status, begin, finish, status
+from kestrel.pipeline.stages import BY_NAME, Run, Status, begin, finish, outdated_inputs, status
 from kestrel.store.atomic import remove_stale
 from kestrel.store.lock import lock
 
 log = logging.getLogger("kestrel")
 ROOT = Path(__file__).resolve().parents[2]
+_MAIN = os.getpid()
 Body = Callable[[Run, Status], tuple[list[str], tuple[str, ...]]]
 
 
@@ -41,9 +44,17 @@ def exit_code(error: BaseException) -> int:
     return EXIT_ERROR
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    """Leave on SIGTERM as on an error, so that locks and temporary files go (training takes over while it runs)."""
+    if os.getpid() == _MAIN:
+        log.error("stopped by %s", signal.Signals(number).name)
+        sys.exit(128 + number)
+    os._exit(128 + number)  # a forked worker
+
+
 def open_run(exp: str, nproc: int = 1, force: bool = False) -> Run:
     """The run that was resolved into the folder `exp`."""
-    folder = (ROOT / exp).resolve()
+    folder = Path(os.path.abspath(ROOT / exp))  # not resolved: exp/ may be a link to a larger disk
     if not (folder / "config.yaml").exists():
         raise UsageError(f"{exp} has no config.yaml: start runs through ./run.sh")
     return Run(ROOT, folder, load_config(folder / "config.yaml", ROOT), nproc, force)
@@ -58,26 +69,32 @@ def _locked(run: Run, stage: str) -> contextlib.ExitStack:
     return locks
 
 
+def _idle(head: str, state: Status) -> bool:
+    """Whether there is nothing to do; says so. Raises KestrelError where the stage cannot run."""
+    if state.action in ("blocked", "refused"):
+        raise KestrelError(state.reason if state.action == "blocked" else f"{head}: {state.reason}")
+    if state.action in ("absent", "skip"):
+        log.info("%s: %s", head, "up to date" if state.action == "skip" else f"nothing to do, {state.reason}")
+        return True
+    return False
+
+
 def _work(run: Run, stage: str, body: Body, profile: bool) -> None:
     number = BY_NAME[stage].number
     head = f"stage {number} {stage}"
     state = status(run, stage)
-    if state.action == "absent":
-        log.info("%s: nothing to do, %s", head, state.reason)
+    for line in outdated_inputs(run, stage):
+        log.warning("%s: %s", head, line)
+    if _idle(head, state):
         return
-    if state.action == "skip":
-        log.info("%s: up to date", head)
-        return
-    if state.action in ("blocked", "refused"):
-        raise KestrelError(state.reason if state.action == "blocked" else f"{head}: {state.reason}")
     with _locked(run, stage):
         state = status(run, stage)  # another run may have finished it while this one waited
-        if state.action == "skip":
-            log.info("%s: up to date", head)
+        if _idle(head, state):
             return
         log.info("%s: %s (%s)", head, BY_NAME[stage].does, state.reason)
         begin(run, stage, state)
-        remove_stale(run.out(stage))
+        for folder in (run.out(stage), run.out(stage).parent):  # both are locked
+            remove_stale(folder)
         started = time.monotonic()
         profiler = cProfile.Profile() if profile else None
         outputs, volatile = profiler.runcall(body, run, state) if profiler else body(run, state)
@@ -100,11 +117,17 @@ def main(stage: str, body: Body) -> None:
     parser = argparse.ArgumentParser(description=f"Stage {BY_NAME[stage].number}: {BY_NAME[stage].does}.")
     parser.add_argument("exp", help="experiment folder with its config.yaml")
     parser.add_argument("--nproc", type=int, default=os.cpu_count() or 1, help="processes for data work")
-    parser.add_argument("--force", action="store_true", help="run it although it is up to date or unfinished with other settings")
+    parser.add_argument(
+        "--force", action="store_true", help="run it although it is up to date or unfinished with other settings"
+    )
     parser.add_argument("--profile", action="store_true", help="write a profile into the log folder")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # paths in config.yaml are relative to the root of the repository
     setup_logging()
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # run.sh starts steps in the background, where it is ignored
     try:
         run = open_run(arguments.exp, arguments.nproc, arguments.force)
         setup_logging(run.exp / "log" / f"{stage}.log")

@@ -38,7 +38,9 @@ def summary(run: Run) -> str:
     if done_file(run.out("export")).exists():
         lines.append(f"  files       {place}/export/ (start with card.md)")
     lines.append(f"  logs        {place}/log/")
-    lines.append("  try next    ./run.sh --corpus path/to/your/folder --variant mini     your own keywords, in GSC layout")
+    lines.append(
+        "  try next    ./run.sh --corpus path/to/your/folder --variant mini     your own keywords, in GSC layout"
+    )
     if run.config.model is not None and hasattr(run.config.model, "n_msb"):
         lines.append("              ./run.sh --set model.n_msb=1 --tag one-block             one block instead of four")
     lines.append("              ./run.sh --help                                          all options and settings")

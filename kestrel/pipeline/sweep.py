@@ -34,7 +34,9 @@ class Sweep:
     """A sweep file."""
 
     name: str = setting("", "name of the sweep; default: name of the file")
-    options: dict[str, Any] = setting({}, "options of run.sh for all points: recipe, variant, corpus, protocol, seed, feat_dir")
+    options: dict[str, Any] = setting(
+        {}, "options of run.sh for all points: recipe, variant, corpus, protocol, seed, feat_dir"
+    )
     set: dict[str, Any] = setting({}, "settings for all points")
     grid: dict[str, list[Any]] = setting({}, "setting (or option) -> values; every combination is a point")
     stop_stage: int = setting(5, "last stage of each point", min=0, max=6)
@@ -47,7 +49,9 @@ class Sweep:
             options = {**self.options, **{k: v for k, v in chosen.items() if k in _OPTIONS}}
             settings = {**self.set, **{k: v for k, v in chosen.items() if k not in _OPTIONS}}
             texts = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-            parts = [f"{key.split('.')[-1]}={re.sub(r'[^A-Za-z0-9.+-]+', '-', str(value))}" for key, value in chosen.items()]
+            parts = [
+                f"{key.split('.')[-1]}={re.sub(r'[^A-Za-z0-9.+-]+', '-', str(value))}" for key, value in chosen.items()
+            ]
             found.append(Point(",".join(parts), options, texts, chosen))
         return found
 
@@ -60,13 +64,23 @@ def load_sweep(path: Path) -> Sweep:
     """Read a sweep file. Raises UsageError where the grid is empty or an option is unknown."""
     sweep: Sweep = build(Sweep, load_yaml(path), path.name)
     sweep.name = sweep.name or path.stem
+    if not re.fullmatch(r"[\w=,+-][\w .=,+-]*", sweep.name):
+        raise UsageError(f"{path.name}: name {sweep.name!r}: letters, digits, blanks, '.', '_', '-', '=' and ',' only")
     for key in sweep.options:
         if key not in _OPTIONS:
             raise UsageError(f"{path.name}: options.{key} is none of {', '.join(_OPTIONS)}; settings belong under set")
+    for key in _OPTIONS:
+        for value in [*([sweep.options[key]] if key in sweep.options else []), *sweep.grid.get(key, [])]:
+            if type(value) is not (int if key == "seed" else str):
+                raise UsageError(
+                    f"{path.name}: {key}: expected a {'whole number' if key == 'seed' else 'name'}, not {value!r}"
+                )
     if not sweep.grid or not all(sweep.grid.values()):
         raise UsageError(f"{path.name}: grid needs at least one setting with at least one value")
     if len({point.name for point in sweep.points()}) != len(sweep.points()):
-        raise UsageError(f"{path.name}: two points of the grid have the same name (settings that end alike, or a value twice)")
+        raise UsageError(
+            f"{path.name}: two points of the grid have the same name (settings that end alike, or a value twice)"
+        )
     return sweep
 
 
@@ -80,15 +94,30 @@ def gather(folder: Path) -> tuple[Path, int, int]:
     rows = [["point", "status", *keys, *RESULT_COLUMNS, "error"]]
     missing = 0
     for point in points:
-        values = [json.dumps(value) if isinstance(value, (list, dict)) else str(value) for value in point["values"].values()]
+        values = [
+            json.dumps(value) if isinstance(value, (list, dict)) else str(value) for value in point["values"].values()
+        ]
         score = folder / point["name"] / "score"
         if (score / ".done.json").exists():
             result = read_json(score / "result.json")
-            flat = {**result, "ci95_low": result["ci95"][0], "ci95_high": result["ci95"][1], "protocol": result["protocol"]["name"]}
+            flat = {
+                **result,
+                "ci95_low": result["ci95"][0],
+                "ci95_high": result["ci95"][1],
+                "protocol": result["protocol"]["name"],
+            }
             rows.append([point["name"], "ok", *values, *(str(flat.get(column, "")) for column in RESULT_COLUMNS), ""])
         else:
             missing += 1
-            rows.append([point["name"], "failed", *values, *("" for _ in RESULT_COLUMNS), _last_error(folder / point["name"] / "log")])
+            rows.append(
+                [
+                    point["name"],
+                    "failed",
+                    *values,
+                    *("" for _ in RESULT_COLUMNS),
+                    _last_error(folder / point["name"] / "log"),
+                ]
+            )
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     path = folder / "results.csv"

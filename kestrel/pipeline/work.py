@@ -6,14 +6,14 @@ import importlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kestrel import recipe as recipes
 from kestrel.errors import KestrelError
 from kestrel.pipeline.console import progress
-from kestrel.pipeline.stages import SPLITS, Run, Status, done_file, result_id
+from kestrel.pipeline.stages import SPLITS, Run, Status, done_file
 from kestrel.settings import load_yaml, to_dict
-from kestrel.store.atomic import read_json, write_json
+from kestrel.store.atomic import read_json, remove_stale, write_json
 from kestrel.store.hashing import sha256_file, sha256_json
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def make_packs(run: Run, status: Status) -> None:
         log.info("packed audio is up to date")
         return
     marker.unlink(missing_ok=True)
+    remove_stale(run.packs)
     protocol, found = read_protocol(run.manifests), roots(run)
     for split in SPLITS:
         clips = read_manifest(run.manifests / f"{split}.csv")
@@ -97,10 +98,12 @@ def build_spotter(run: Run, feature_shape: tuple[int, int]) -> KeywordSpotter:
     config = run.config
     torch.manual_seed(config.seed)
     post = Post(config.feature.post, feature_shape)
-    return KeywordSpotter(post, recipes.load(config.recipe, run.root).build(config.model, post.output_shape, len(config.classes)))
+    return KeywordSpotter(
+        post, recipes.load(config.recipe, run.root).build(config.model, post.output_shape, len(config.classes))
+    )
 
 
-def identity(run: Run, feature_shape: tuple[int, int], config_hash: str) -> dict[str, Any]:
+def identity(run: Run, file: FeatureFile, config_hash: str) -> dict[str, Any]:
     """What a checkpoint says about itself (plain types)."""
     config = run.config
     return {
@@ -108,12 +111,12 @@ def identity(run: Run, feature_shape: tuple[int, int], config_hash: str) -> dict
         "variant": config.variant,
         "tag": config.tag,
         "seed": config.seed,
-        "protocol": {},
+        "protocol": {"name": config.protocol_name, "hash": file.protocol["hash"]},
         "classes": config.classes,
         "frontend": to_dict(config.frontend) if config.frontend is not None else None,
         "post": config.feature.post,
         "model": to_dict(config.model),
-        "input_shape": list(feature_shape),
+        "input_shape": list(file.shape[1:]),
         "config_hash": config_hash,
     }
 
@@ -126,7 +129,12 @@ def training_split(run: Run) -> Split:
     from kestrel.train.data import Split
 
     config = run.config
-    batches = {"batch_size": config.train.batch_size, "training": True, "seed": config.seed, "workers": config.train.workers}
+    batches: dict[str, Any] = {
+        "batch_size": config.train.batch_size,
+        "training": True,
+        "seed": config.seed,
+        "workers": config.train.workers,
+    }
     if not config.augment.waveform:
         if config.feat_dir is not None:
             log.info("features are given: no waveform augmentation")
@@ -138,7 +146,7 @@ def training_split(run: Run) -> Split:
     return Split(AudioFile(run.packs / "train.h5"), frontend=Frontend(config.frontend), augmenter=augmenter, **batches)
 
 
-def train_stage(run: Run, stage: str, status: Status) -> tuple[list[str], tuple[str, ...]]:
+def train_stage(run: Run, stage: Literal["pretrain", "retrain"], status: Status) -> tuple[list[str], tuple[str, ...]]:
     """Train one stage; retraining starts from the best weights of pretraining."""
     import torch
 
@@ -148,7 +156,7 @@ def train_stage(run: Run, stage: str, status: Status) -> tuple[list[str], tuple[
 
     config = run.config
     validation_file = feature_file(run, "validation")
-    feature_shape = validation_file.shape[1:]
+    feature_shape = (validation_file.shape[1], validation_file.shape[2])
     spotter = build_spotter(run, feature_shape)
     if stage == "retrain":
         start = load(run.out("pretrain") / "best.pt")
@@ -159,8 +167,7 @@ def train_stage(run: Run, stage: str, status: Status) -> tuple[list[str], tuple[
     phase = config.train if stage == "pretrain" else config.retrain
     assert phase is not None
     settings = {key: value for key, value in status.settings.items() if key != "train"}
-    who = identity(run, feature_shape, sha256_json([settings, status.inputs]))
-    who["protocol"] = {"name": config.protocol_name, "hash": validation_file.protocol["hash"]}
+    who = identity(run, validation_file, sha256_json([settings, status.inputs]))
     job = Job(stage=stage, phase=phase, train=config.train, seed=config.seed, out_dir=run.out(stage), identity=who)
     held_out = Split(validation_file, batch_size=config.train.eval_batch_size)
     result = train(job, spotter, training_split(run), held_out, progress=progress(stage))
@@ -172,13 +179,20 @@ def load_checkpoint(run: Run) -> tuple[KeywordSpotter, dict[str, Any], Path]:
     """The trained spotter that score and export take, its checkpoint's content, and the file."""
     from kestrel.store.checkpoint import load
 
-    name, path = run.checkpoint()
+    _, path = run.checkpoint()
     content = load(path)
     who = content.get("identity", {})
     config = run.config
-    for key, expected in (("recipe", config.recipe), ("classes", config.classes), ("model", to_dict(config.model)), ("post", config.feature.post)):
+    for key, expected in (
+        ("recipe", config.recipe),
+        ("classes", config.classes),
+        ("model", to_dict(config.model)),
+        ("post", config.feature.post),
+    ):
         if who.get(key) != expected:
-            raise KestrelError(f"{path} is a checkpoint of another configuration: its {key} is {who.get(key)}, the run has {expected}")
+            raise KestrelError(
+                f"{path} is a checkpoint of another configuration: its {key} is {who.get(key)}, the run has {expected}"
+            )
     spotter = build_spotter(run, tuple(who["input_shape"]))
     spotter.load_state_dict(content["model"])
     return spotter, who, path

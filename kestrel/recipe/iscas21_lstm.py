@@ -27,12 +27,16 @@ class ModelSpec:
     quant_actMVM: int | None = setting(6, "bits of crossbar outputs (ADC); null = analog", min=2, max=16)
     quant_actNM: int | None = setting(8, "bits of element-wise digital values; null = analog", min=2, max=16)
     quant_w: int | None = setting(None, "bits of the weights; null = analog", min=2, max=16)
-    weight_range: Literal["real", "paper"] = setting("real", "range of the weight quantiser: max_w, or 1 as in the original")
+    weight_range: Literal["real", "paper"] = setting(
+        "real", "range of the weight quantiser: max_w, or 1 as in the original"
+    )
     max_w: float = setting(0.2, "largest weight magnitude", min=1e-3, max=100)
     rows_bias: int = setting(6, "crossbar rows of a bias: its limit is rows_bias * max_w", min=1, max=1024)
     drop_p: float = setting(0.125, "DropConnect probability of recurrent weights in pretraining", min=0, max=0.95)
     noise_train: float = setting(0.1, "weight noise of retraining, standard deviation / max_w", min=0, max=10)
-    noise_eval: float = setting(0.0, "weight noise of validation and scoring, standard deviation / max_w", min=0, max=10)
+    noise_eval: float = setting(
+        0.0, "weight noise of validation and scoring, standard deviation / max_w", min=0, max=10
+    )
     pact_a: bool = setting(True, "clipping ranges are trained")
     l2: float = setting(0.01, "strength of the penalty on the norm of the ranges", min=0)
     cs: float = setting(0.1, "strength of the cosine penalty between blocks", min=0)

@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kestrel.lower.answers import ALLOWED_POINTS, Answers
+from kestrel.models.evaluate import Accuracy
 from kestrel.score.count import Counts
 from kestrel.score.metrics import Confusion
 from kestrel.store.markdown import flat, percent, table
+
+# Entries of a protocol that are shown elsewhere, or name folders of one machine.
+_NOT_RULES = {"name", "hash", "classes", "counts", "excluded", "rules", "notes", "roots", "noise_files", "hashes"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Evidence:
     surest_errors: Sequence[WrongClip]
     stages: Sequence[str]  # training stages of curves.png; empty: there is no such picture
     analog_bits: int
+    integer: Answers | None  # None: the network has no integer form, for the reason `obstacle`
+    obstacle: str
 
 
 def report(result: Mapping[str, Any], evidence: Evidence) -> str:
@@ -39,6 +46,7 @@ def report(result: Mapping[str, Any], evidence: Evidence) -> str:
     sections = [
         _headline(result, evidence),
         _protocol(result, evidence.protocol),
+        _integer(result, evidence),
         _classes(result),
         _confusions(evidence),
         _training(evidence),
@@ -68,6 +76,10 @@ def _headline(result: Mapping[str, Any], evidence: Evidence) -> str:
         ("noise in evaluation", noise),
         ("seed, chip", f"{result['seed']}, {result['chip']}"),
     ]
+    if evidence.integer is not None:
+        right = evidence.integer.integer
+        text = f"{percent(right.value, 2)} ({right.correct:,} of {right.n:,} clips), without device noise"
+        rows.insert(2, ("accuracy of the integer model", text))
     if result["ties"]:
         rows.append(("ties", f"{result['ties']:,} clips with the largest logit in several classes; the first is taken"))
     return f"# {result['recipe']} / {result['tag']}\n\n" + table(("", ""), rows)
@@ -90,14 +102,63 @@ def _protocol(result: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
         ]
         rows.append(("all", *(sum(counts[split].values()) for split in splits)))
         lines += ["", "Clips of each split:", "", table(("class", *splits), rows)]
-    for key, title in (("rules", "Rules"), ("excluded", "Clips left out")):
-        entries = protocol.get(key)
+    plain = {key: value for key, value in protocol.items() if key not in _NOT_RULES}
+    excluded = protocol.get("excluded")
+    for title, entries in (("Rules", {**plain, **(protocol.get("rules") or {})}), ("Clips left out", excluded)):
         if isinstance(entries, Mapping) and entries:
             lines += ["", f"{title}:", "", table(("", ""), flat(entries))]
     notes = protocol.get("notes")
     if isinstance(notes, list) and notes:
         lines += ["", *(f"* {note}" for note in notes)]
     return "\n".join(lines)
+
+
+def _integer(result: Mapping[str, Any], evidence: Evidence) -> str:
+    title = "## Integer model\n\n"
+    found = evidence.integer
+    if found is None:
+        return title + f"This network was not scored in integers: {evidence.obstacle}."
+    names = (
+        f"integer model, weights at {evidence.analog_bits} bits where they were trained analog",
+        "fake-quant network with the same weight codes",
+    )
+    rows = [(name, *_row(right)) for name, right in zip(names, (found.integer, found.fake_quant), strict=True)]
+    noise = result["evaluation_noise"]
+    headline = "the accuracy at the top of this page is that of the trained weights" + (
+        f" under device noise of {noise:g}, so it is not the one to compare the integer model with" if noise else ""
+    )
+    peaks = found.peaks
+    lines = [
+        "Both rows are computed without device noise, on the same clips; " + headline + ".",
+        "",
+        table(("", "accuracy", "95 % interval (Wilson)", "clips right"), rows),
+        "",
+        f"Difference: {found.points:+.2f} points. The two give the same answer for {found.same:,} of "
+        f"{found.integer.n:,} clips ({percent(found.agreement, 2)}); their logits differ by at most "
+        f"{found.largest_difference:.3g}, where one code of a logit stands for {found.logit_step:.3g}. "
+        + _explanation(found),
+        "",
+        f"Peak values: accumulators can reach {peaks.accumulator:,} (`{peaks.accumulator_of}`), which takes "
+        f"{peaks.accumulator_bits} of 32 bits; seen were features up to code {peaks.feature:,} of 32,767 "
+        f"({peaks.clipped_features:,} saturated) and logits up to code {peaks.logit:,}.",
+    ]
+    return title + "\n".join(lines)
+
+
+def _row(right: Accuracy) -> tuple[str | None, str, str]:
+    low, high = right.ci95
+    interval = f"{100 * low:.2f}-{100 * high:.2f} %"
+    return percent(right.value, 2), interval, f"{right.correct:,} of {right.n:,}"
+
+
+def _explanation(found: Answers) -> str:
+    if abs(found.points) <= ALLOWED_POINTS:
+        return "What remains is float32, which rounds before a quantiser does."
+    return (
+        f"That is more than {ALLOWED_POINTS:g} points: {found.gained:,} clips are right in integers alone, {found.lost:,} "
+        f"in the fake-quant network alone, and one clip is {100 / found.integer.n:.2f} points here. Their answers hang on "
+        "signals that lie half-way between two codes, where float32 and integers may round differently."
+    )
 
 
 def _classes(result: Mapping[str, Any]) -> str:

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kestrel.errors import KestrelError
-from kestrel.models.evaluate import ProgressCallback, accuracy, device_of, evaluation_noise, predict, softmax, ties
+from kestrel.lower.answers import Answers, answers, lowered, predict_decoded
+from kestrel.models.evaluate import (
+    Passes,
+    ProgressCallback,
+    accuracy,
+    device_of,
+    evaluation_noise,
+    predict,
+    softmax,
+    ties,
+)
 from kestrel.models.inventory import evaluation_noise_of, network_shape
 from kestrel.score import plots
 from kestrel.score.count import Counts, count
@@ -37,6 +47,7 @@ def score(
     chip: int,
     batch_size: int,
     provenance: Mapping[str, Any],
+    feature_scale: float,
     analog_bits: int = 8,
     metrics_csv: Sequence[tuple[str, Path]] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -44,20 +55,26 @@ def score(
 ) -> dict[str, Any]:
     """Score `spotter` on all clips of `data` and write the folder `out_dir` at once; returns what result.json holds.
 
+    The integer model of the spotter is scored on the same clips where it can be lowered; result.json and report say
+    which setting prevents it where it cannot.
+
     Args:
         identity: recipe, variant, tag, seed, classes and config_hash of the run.
         split: name of the split that `data` holds.
         seed, chip: key of the noise drawn in evaluation; with the same `batch_size` every scoring gives the same files.
         provenance: checkpoint_sha256, git_commit, git_dirty, torch, device, train_seconds, command (PROVENANCE).
+        feature_scale: scale of the integer model's feature codes (kestrel.lower.spotter.feature_scale_of).
         analog_bits: bits at which weights that were trained without quantisation are stored.
         metrics_csv: (stage, its metrics.csv) in the order of training, for the curves.
-        extra: further entries of result.json, such as integer_accuracy or energy_uj.
+        extra: further entries of result.json, such as energy_uj.
 
     Raises KestrelError where classes do not fit or the network gives no finite answer; nothing is written then.
     """
     names = _check_classes(data, identity)
+    graph, obstacle = lowered(spotter, feature_scale, analog_bits)
+    passes = Passes(progress, data.shape[0], 1 if graph is None else 3)
     with evaluation_noise(seed, chip, device_of(spotter)):
-        logits = predict(spotter, data, batch_size, progress)  # [N, C]
+        logits = predict(spotter, data, batch_size, passes.next())  # [N, C]
     if logits.shape[1] != len(names):
         raise KestrelError(
             f"the network has {logits.shape[1]} outputs for {len(names)} classes: take its own checkpoint"
@@ -65,6 +82,10 @@ def score(
     labels, predicted, shares = data.labels, logits.argmax(axis=1), softmax(logits)
     right, matrix = accuracy(logits, labels), confusion(labels, predicted, len(names))
     counts = count(spotter.net, network_shape(spotter), analog_bits)
+    integer: Answers | None = None
+    if graph is not None:
+        decoded = predict_decoded(spotter, data, analog_bits, batch_size, passes.next())
+        integer = answers(graph, data, labels, decoded, passes.next())
     result = {
         **{key: identity[key] for key in ("recipe", "variant", "tag", "seed")},
         "protocol": {key: data.protocol[key] for key in ("name", "hash")},
@@ -77,6 +98,7 @@ def score(
         "parameters": counts.parameters,
         "macs": counts.macs,
         "weight_bytes": counts.weight_bytes,
+        **({"integer_obstacle": obstacle} if integer is None else integer.figures()),
         **(extra or {}),
         "input_shape": list(counts.input_shape),
         "thop": _thop(counts),
@@ -96,6 +118,8 @@ def score(
         surest_errors=_surest_errors(data, predicted, shares),
         stages=[name for name, _ in stages],
         analog_bits=analog_bits,
+        integer=integer,
+        obstacle=obstacle,
     )
     try:
         with atomic_folder(out_dir) as folder:

@@ -28,7 +28,9 @@ def _sync(path: Path) -> None:
 def disk_error(path: Path, error: OSError) -> KestrelError:
     """A one-line error for a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return KestrelError(f"no space left while writing {path}: free some space or point the folder elsewhere, then run again")
+        return KestrelError(
+            f"no space left while writing {path}: free some space or point the folder elsewhere, then run again"
+        )
     return KestrelError(f"cannot write {path}: {error.strerror or error}")
 
 

@@ -1,12 +1,14 @@
-"""HDF5 stores: feature files ("kestrel-features-1"), packed audio ("kestrel-audio-1") and packed noise ("kestrel-noise-1").
+"""HDF5 stores: feature files ("kestrel-features-1"), packed audio ("kestrel-audio-1") and packed noise
+("kestrel-noise-1").
 
-Feature file: `features` (N, T, F) float32, or uint8/int16 with attributes `scale` and `offset` (value = stored * scale + offset);
-`labels` int64 (N,); `utt_id`, `speaker` UTF-8 (N,); file attributes format, classes, frontend, corpus, protocol, split.
-Packed audio: the same with `audio` int16 (N, samples) in place of `features`, and the attribute sample_rate.
+Feature file: `features` (N, T, F) float32, or uint8/int16 with attributes `scale` and `offset` (value = stored * scale
++ offset); `labels` int64 (N,); `utt_id`, `speaker` UTF-8 (N,); file attributes format, classes, frontend, corpus,
+protocol, split. Packed audio: the same with `audio` int16 (N, samples) in place of `features`, and the attribute
+sample_rate.
 
-Files are written under a temporary name and renamed when complete; the same content gives the same bytes. Large sets are laid
-out without chunks, so that a row is one read at a known place: random rows cost about a microsecond each beside the copy, and no
-reader holds more than the rows it was asked for.
+Files are written under a temporary name and renamed when complete; the same content gives the same bytes. Large sets
+are laid out without chunks, so that a row is one read at a known place: random rows cost about a microsecond each
+beside the copy, and no reader holds more than the rows it was asked for.
 """
 
 from __future__ import annotations
@@ -15,11 +17,8 @@ import contextlib
 import errno
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import h5py
@@ -27,147 +26,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kestrel.errors import KestrelError
-from kestrel.store.atomic import atomic_path, disk_error
 from kestrel.store.hashing import sha256_json
+from kestrel.store.row_reader import MEMORY_LIMIT, RowReader
+from kestrel.store.row_writer import RowWriter
 
 FEATURES_FORMAT = "kestrel-features-1"
 AUDIO_FORMAT = "kestrel-audio-1"
 NOISE_FORMAT = "kestrel-noise-1"
 SPLITS = ("train", "validation", "test")
-MEMORY_LIMIT = 512 << 20  # bytes of a compressed set that a reader may hold in memory
-
-_SYSTEM_ERROR = re.compile(r"errno = (\d+)")
-_RESERVE = 1 << 18  # bytes kept free beside the data, for HDF5's own tables
-
-
-# ---------------------------------------------------------------------------------------------------------------- writing
-
-
-class _RowWriter:
-    """Writes the rows of one large set, block by block; everything small is known from the start.
-
-    HDF5 crashes where the disk fills up under it. So it only lays out the file, the large set without its rows; the space is
-    then reserved, and the rows are written to their place directly. A full disk shows at once, as a plain error.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        set_name: str,
-        shape: tuple[int, ...],
-        dtype: Any,
-        small: dict[str, NDArray[Any] | Sequence[str]],
-        attributes: dict[str, Any],
-        set_attributes: dict[str, Any] | None = None,
-    ) -> None:
-        self.path = Path(path)
-        self.shape = shape
-        self._set_name = set_name
-        self._dtype = np.dtype(dtype).newbyteorder("=")
-        self._small = small
-        self._attributes = attributes
-        self._set_attributes = set_attributes or {}
-        self._stack = contextlib.ExitStack()
-        self._descriptor: int | None = None
-        self._place = self._end = 0
-
-    def __enter__(self) -> Self:
-        with contextlib.ExitStack() as stack:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                size = int(np.prod(self.shape, dtype=np.int64)) * self._dtype.itemsize
-                small = sum(_text_bytes(v) if isinstance(v, Sequence) else v.nbytes for v in self._small.values())
-                if shutil.disk_usage(self.path.parent).free < size + small + _RESERVE:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                temporary = stack.enter_context(atomic_path(self.path))
-                self._place = self._lay_out(temporary)
-                self._end = self._place + size
-                self._descriptor = os.open(temporary, os.O_RDWR)
-                stack.callback(self._close)
-                _reserve(self._descriptor, self._end)
-            except (OSError, RuntimeError) as error:  # h5py raises either of them
-                raise _write_failed(self.path, error) from error
-            self._stack = stack.pop_all()
-        return self
-
-    def _lay_out(self, temporary: Path) -> int:
-        """Write all but the rows; return the place of the first row in the file, in bytes."""
-        with h5py.File(temporary, "w") as file:
-            for key, value in self._attributes.items():
-                file.attrs[key] = value
-            for name, values in self._small.items():
-                if isinstance(values, Sequence):
-                    encoded = [text.encode("utf-8") for text in values]
-                    width = max((len(text) for text in encoded), default=1) or 1
-                    kind = h5py.string_dtype("utf-8", width)
-                    file.create_dataset(name, data=np.array(encoded, kind))
-                else:
-                    file.create_dataset(name, data=values)
-            layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            space = h5py.h5s.create_simple(self.shape)
-            kind = h5py.h5t.py_create(self._dtype, logical=True)
-            identity = h5py.h5d.create(file.id, self._set_name.encode(), kind, space, dcpl=layout)
-            data = h5py.Dataset(identity)
-            for key, value in self._set_attributes.items():
-                data.attrs[key] = value
-            return data.id.get_offset() or 0
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if error is None and self._place != self._end:
-            error = KestrelError(f"{self.path}: fewer rows came than the {self.shape[0]} announced")
-            self._stack.__exit__(type(error), error, None)
-            raise error
-        return self._stack.__exit__(kind, error, trace)
-
-    def _write(self, values: NDArray[Any]) -> None:
-        if self._descriptor is None:
-            raise ValueError("rows were given outside of the writer's with block")
-        if values.shape[1:] != self.shape[1:]:
-            raise ValueError(f"rows of shape {values.shape[1:]}, expected {self.shape[1:]}")
-        data = memoryview(np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8))
-        if self._place + len(data) > self._end:
-            raise KestrelError(f"{self.path}: more rows came than the {self.shape[0]} announced")
-        try:
-            while len(data):
-                written = os.pwrite(self._descriptor, data, self._place)
-                data, self._place = data[written:], self._place + written
-        except OSError as error:
-            raise _write_failed(self.path, error) from error
-
-
-def _text_bytes(texts: Sequence[str]) -> int:
-    return len(texts) * max((4 * len(text) for text in texts), default=0)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the disk space of a file now, where the system can."""
-    if not size or not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-
-
-def _write_failed(path: Path, error: Exception) -> KestrelError:
-    """HDF5 gives the system's error number only inside its text: bring it back."""
-    number = error.errno if isinstance(error, OSError) else None
-    found = _SYSTEM_ERROR.search(str(error))
-    if number is None and found:
-        number = int(found.group(1))
-    if number is None:
-        return KestrelError(f"cannot write {path}: {' '.join(str(error).split())}")
-    return disk_error(path, OSError(number, os.strerror(number)))
 
 
 def _rows_of(
@@ -179,9 +45,7 @@ def _rows_of(
     return {"labels": numbers, "utt_id": list(utt_ids), "speaker": list(speakers)}
 
 
-def _attributes(
-    kind: str, classes: Sequence[str], corpus: str, protocol: dict[str, Any], split: str
-) -> dict[str, Any]:
+def _attributes(kind: str, classes: Sequence[str], corpus: str, protocol: dict[str, Any], split: str) -> dict[str, Any]:
     return {
         "format": kind,
         "classes": json.dumps(list(classes), ensure_ascii=False),
@@ -191,12 +55,12 @@ def _attributes(
     }
 
 
-class FeatureWriter(_RowWriter):
+class FeatureWriter(RowWriter):
     """Writes a feature file: `with FeatureWriter(...) as writer: writer.append(...)`.
 
-    One row of (`frames`, `width`) values for each of the N labels, ids and speakers. `dtype` "float32" stores values as they
-    are; "uint8" and "int16" store round((value - offset) / scale), saturated. Raises KestrelError on a full disk or when not
-    exactly N rows came; nothing is left under `path` then.
+    One row of (`frames`, `width`) values for each of the N labels, ids and speakers. `dtype` "float32" stores values as
+    they are; "uint8" and "int16" store round((value - offset) / scale), saturated. Raises KestrelError on a full disk
+    or when not exactly N rows came; nothing is left under `path` then.
     """
 
     def __init__(
@@ -233,10 +97,10 @@ class FeatureWriter(_RowWriter):
         if self._dtype.kind != "f":
             bounds = np.iinfo(self._dtype)
             values = np.clip(np.rint((values - self._offset) / self._scale), bounds.min, bounds.max)
-        self._write(values)
+        self.write(values)
 
 
-class AudioWriter(_RowWriter):
+class AudioWriter(RowWriter):
     """Writes packed audio: one clip of `clip_samples` int16 samples for each label. Errors as FeatureWriter."""
 
     def __init__(
@@ -262,16 +126,18 @@ class AudioWriter(_RowWriter):
         """Add the next rows: int16 [n, clip_samples]."""
         if audio.dtype != np.int16:
             raise ValueError(f"audio must be int16, not {audio.dtype}")
-        self._write(audio)
+        self.write(audio)
 
 
-class NoiseWriter(_RowWriter):
+class NoiseWriter(RowWriter):
     """Writes named int16 recordings as one set `noise` (M,) with `offsets` (K + 1,) and `names` (K,).
 
     `lengths` are the recordings' samples; `append` takes their samples in order, in blocks of any size.
     """
 
-    def __init__(self, path: str | os.PathLike, *, names: Sequence[str], lengths: Sequence[int], sample_rate: int) -> None:
+    def __init__(
+        self, path: str | os.PathLike, *, names: Sequence[str], lengths: Sequence[int], sample_rate: int
+    ) -> None:
         offsets = np.cumsum([0, *lengths], dtype=np.int64)
         small: dict[str, NDArray[Any] | Sequence[str]] = {"offsets": offsets, "names": list(names)}
         attributes = {"format": NOISE_FORMAT, "sample_rate": sample_rate}
@@ -281,10 +147,7 @@ class NoiseWriter(_RowWriter):
         """Add the next samples: int16 [n]."""
         if samples.dtype != np.int16:
             raise ValueError(f"noise must be int16, not {samples.dtype}")
-        self._write(samples)
-
-
-# ---------------------------------------------------------------------------------------------------------------- reading
+        self.write(samples)
 
 
 @contextlib.contextmanager
@@ -299,7 +162,7 @@ def _open(path: Path, expected: str) -> Iterator[h5py.File]:
             raise KestrelError(f"cannot read {path}: {os.strerror(error.errno)}") from None
         raise KestrelError(f"{path} is not an HDF5 file or is damaged: remove it and run stage 2 again") from None
     with file:
-        found = file.attrs.get("format")
+        found = _text_attribute(file, "format")
         if found != expected:
             raise KestrelError(f"{path}: the attribute format is {found!r}, expected {expected!r}")
         yield file
@@ -307,7 +170,7 @@ def _open(path: Path, expected: str) -> Iterator[h5py.File]:
 
 def _data_set(file: h5py.File, name: str) -> h5py.Dataset:
     if not isinstance(file.get(name), h5py.Dataset):
-        raise KestrelError(f"{file.filename} has no data set {name!r}; it needs {name!r} as DESIGN section 3 says")
+        raise KestrelError(f"{file.filename} has no data set {name!r}: it is incomplete, make it again")
     return file[name]
 
 
@@ -320,6 +183,11 @@ def _json_attribute(file: h5py.File, name: str) -> Any:
         raise KestrelError(f"{file.filename}: the attribute {name!r} is not JSON") from None
 
 
+def _text_attribute(file: h5py.File, name: str) -> str:
+    value = file.attrs.get(name, "")
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
 def _texts(file: h5py.File, name: str, rows: int) -> list[str]:
     data = _data_set(file, name)
     if data.shape != (rows,) or h5py.check_string_dtype(data.dtype) is None:
@@ -327,36 +195,10 @@ def _texts(file: h5py.File, name: str, rows: int) -> list[str]:
     return list(data.asstr()[:]) if rows else []
 
 
-def _row_places(file: h5py.File, data: h5py.Dataset) -> NDArray[np.int64] | None:
-    """The place in the file, in bytes, of every row of `data` [N, ...]; None where rows are not stored plainly."""
-    rows, shape = data.shape[0], data.shape[1:]
-    row_bytes = int(np.prod(shape, dtype=np.int64)) * data.dtype.itemsize
-    if file.userblock_size or data.external or data.id.get_create_plist().get_nfilters():
-        return None
-    if data.chunks is None:
-        start = data.id.get_offset()
-        return None if start is None else start + np.arange(rows, dtype=np.int64) * row_bytes
-    if data.chunks[1:] != shape:
-        return None
-    length = data.chunks[0]
-    starts = np.full(-(-rows // length), -1, np.int64)
+class _ClipFile:
+    """What is common to feature files and packed audio: one row for each clip, with label, id and speaker.
 
-    def note(chunk: Any) -> None:
-        starts[chunk.chunk_offset[0] // length] = chunk.byte_offset
-
-    data.id.chunk_iter(note)
-    if (starts < 0).any():
-        return None
-    number = np.arange(rows, dtype=np.int64)
-    return starts[number // length] + number % length * row_bytes
-
-
-class _RowFile:
-    """Random access to the rows of one large set; what is common to feature files and packed audio.
-
-    The file is opened by each process on its first read, so an object may be made before a fork and may be pickled. Rows that
-    are stored plainly are read from their place in the file; a compressed set is read once and kept, in its stored type, where
-    it is not larger than `memory_limit` bytes, and through HDF5 row by row otherwise.
+    May be made before a fork and may be pickled: each process opens the file on its first read.
     """
 
     _format: ClassVar[str]
@@ -366,10 +208,6 @@ class _RowFile:
 
     def __init__(self, path: str | os.PathLike, memory_limit: int = MEMORY_LIMIT) -> None:
         self.path = Path(path)
-        self._memory_limit = memory_limit
-        self._memory: NDArray[Any] | None = None
-        self._handle: tuple[int, int] | None = None  # process id, file descriptor
-        self._file: tuple[int, h5py.File] | None = None  # process id, HDF5 file
         self._utt_ids: list[str] | None = None
         self._speakers: list[str] | None = None
         self._protocol: dict[str, Any] | None = None
@@ -381,11 +219,8 @@ class _RowFile:
                     f"expected {self._dimensions} dimensions of {' or '.join(self._kinds)}"
                 )
             self.shape: tuple[int, ...] = data.shape
-            self._dtype = data.dtype
             self._read_attributes(file, data)
-            self._places = _row_places(file, data)
-            if self._places is not None and len(self) and not self._places_hold(data):
-                self._places = None
+            self._reader = RowReader(self.path, data, memory_limit)
 
     def _read_attributes(self, file: h5py.File, data: h5py.Dataset) -> None:
         classes = _json_attribute(file, "classes")
@@ -396,23 +231,16 @@ class _RowFile:
         if not isinstance(protocol, dict) or not isinstance(protocol.get("name"), str):
             raise KestrelError(f"{self.path}: the attribute 'protocol' must be a JSON mapping with a name")
         self._stored_protocol: dict[str, Any] = protocol
-        self.corpus = str(file.attrs.get("corpus", ""))
-        self.split = str(file.attrs.get("split", ""))
+        self.corpus, self.split = _text_attribute(file, "corpus"), _text_attribute(file, "split")
         labels = _data_set(file, "labels")
         if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
             raise KestrelError(f"{self.path}: 'labels' must hold {len(self)} whole numbers")
         self.labels: NDArray[np.int64] = labels[:].astype(np.int64)
-        if len(self) and not (0 <= self.labels.min() and self.labels.max() < len(classes)):
+        if len(self) and not (self.labels.min() >= 0 and self.labels.max() < len(classes)):
             raise KestrelError(f"{self.path}: labels must lie in 0..{len(classes) - 1}, the numbers of its classes")
         for name in ("utt_id", "speaker"):
             if _data_set(file, name).shape != (len(self),):
                 raise KestrelError(f"{self.path}: {name!r} must hold {len(self)} UTF-8 texts")
-
-    def _places_hold(self, data: h5py.Dataset) -> bool:
-        ends = np.array([0, len(self) - 1])
-        plain = self._read_plain(ends)
-        self.close()
-        return bool(all(plain[i].tobytes() == data[int(row)].tobytes() for i, row in enumerate(ends)))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -423,20 +251,9 @@ class _RowFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
-
     def close(self) -> None:
         """Close what this process has open; a later read opens it again."""
-        if self._handle is not None and self._handle[0] == os.getpid():
-            os.close(self._handle[1])
-        if self._file is not None and self._file[0] == os.getpid():
-            self._file[1].close()
-        self._handle = self._file = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_file": None, "_memory": None}
+        self._reader.close()
 
     @property
     def utt_ids(self) -> list[str]:
@@ -478,54 +295,8 @@ class _RowFile:
                     lists[path.stem] = [_texts(file, "utt_id", len(labels)), labels.tolist()]
         return sha256_json(lists)
 
-    def _read_plain(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        assert self._places is not None
-        if self._handle is None or self._handle[0] != os.getpid():
-            self._handle = (os.getpid(), os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
-        out = np.empty((len(rows), *self.shape[1:]), self._dtype)
-        if not out.size:
-            return out
-        descriptor, places = self._handle[1], self._places[rows]
-        row_bytes = out.nbytes // len(rows)
-        target = memoryview(out.reshape(-1).view(np.uint8))
-        # Rows that follow each other in the file are read by one call.
-        breaks = np.flatnonzero(np.diff(places) != row_bytes) + 1
-        for begin, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
-            first, last, place = begin * row_bytes, end * row_bytes, int(places[begin])
-            while first < last:
-                block = os.pread(descriptor, min(last - first, 1 << 24), place)
-                if not block:
-                    raise KestrelError(f"{self.path} ends too early: remove it and run stage 2 again")
-                target[first : first + len(block)] = block
-                first, place = first + len(block), place + len(block)
-        return out
 
-    def _read_hdf5(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        if self._file is None or self._file[0] != os.getpid():
-            self._file = (os.getpid(), h5py.File(self.path, "r"))
-        data = self._file[1][self._set_name]
-        if self._memory is None and data.size * data.dtype.itemsize <= self._memory_limit:
-            self._memory = data[:]
-        if self._memory is not None:
-            return self._memory[rows]
-        unique, inverse = np.unique(rows, return_inverse=True)  # h5py takes increasing rows only, each once
-        return data[unique][inverse] if len(unique) else np.empty((0, *self.shape[1:]), self._dtype)
-
-    def _stored_rows(self, rows: ArrayLike) -> NDArray[Any]:
-        index = np.asarray(rows)
-        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
-            raise ValueError("rows must be a list of row numbers")
-        index = index.astype(np.int64)
-        if index.size and not (0 <= index.min() and index.max() < len(self)):
-            raise IndexError(f"{self.path} has rows 0..{len(self) - 1}, asked for {index.min()}..{index.max()}")
-        try:
-            stored = self._read_hdf5(index) if self._places is None else self._read_plain(index)
-        except OSError as error:
-            raise KestrelError(f"cannot read {self.path}: {error.strerror or ' '.join(str(error).split())}") from None
-        return stored.astype(stored.dtype.newbyteorder("="), copy=False)
-
-
-class FeatureFile(_RowFile):
+class FeatureFile(_ClipFile):
     """A feature file. `shape` (N, T, F), `labels` int64 [N], `classes`, `frontend`, `corpus`, `split`, `protocol`.
 
     Raises KestrelError where the file is missing, damaged, of another format or incomplete.
@@ -547,7 +318,7 @@ class FeatureFile(_RowFile):
 
     def rows(self, rows: ArrayLike) -> NDArray[np.float32]:
         """float32 [n, T, F] of the given row numbers, in their order; repeats are allowed."""
-        values = self._stored_rows(rows).astype(np.float32, copy=False)
+        values = self._reader.read(rows).astype(np.float32, copy=False)
         if self.scale != 1.0:
             values *= np.float32(self.scale)
         if self.offset != 0.0:
@@ -560,7 +331,7 @@ class FeatureFile(_RowFile):
             yield self.rows(np.arange(start, min(start + batch, len(self))))
 
 
-class AudioFile(_RowFile):
+class AudioFile(_ClipFile):
     """Packed audio. `shape` (N, samples), `sample_rate`; the rest as FeatureFile."""
 
     _format = AUDIO_FORMAT
@@ -576,7 +347,7 @@ class AudioFile(_RowFile):
 
     def rows(self, rows: ArrayLike) -> NDArray[np.int16]:
         """int16 [n, samples] of the given row numbers, in their order; repeats are allowed."""
-        return self._stored_rows(rows)
+        return self._reader.read(rows)
 
     def iterate(self, batch: int = 256) -> Iterator[NDArray[np.int16]]:
         """Blocks int16 [<= batch, samples] in the order of the file."""
@@ -595,7 +366,7 @@ def read_noise(path: str | os.PathLike) -> tuple[NDArray[np.int16], NDArray[np.i
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, FeatureFile]:
-    """The three feature files of a folder by split. Raises KestrelError where one is missing or does not fit the others."""
+    """The three feature files of a folder by split. Raises KestrelError where one is missing or unlike the others."""
     files = {split: FeatureFile(Path(folder) / f"{split}.h5") for split in SPLITS}
     first = files[SPLITS[0]]
     for split, file in files.items():

@@ -39,7 +39,7 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 6.2), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -58,7 +58,9 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
     losses = [value for part in ("train", "validation") for value in _series(history, f"{part}_loss")[1]]
     if losses and min(losses) > 0 and max(losses) / min(losses) > _LOG_SPAN:
         upper.set_yscale("log")
-        upper.yaxis.set_major_formatter(ScalarFormatter())
+        upper.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        upper.yaxis.set_minor_formatter(NullFormatter())
     _mark_best(lower, history)
     for step, text in marks(history):
         for axis in (upper, lower):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -76,8 +78,8 @@ class _Clips(Dataset):
             if self.augmenter is not None:
                 return self.augmenter(stored, self.labels[rows], rows, self.epoch)
             # A copy in torch's own, aligned memory: matrix products may round otherwise where an array starts elsewhere.
-            clips = torch.tensor(stored, dtype=torch.float32)
-            return clips / _FULL_SCALE if stored.dtype == np.int16 else clips
+            clips = torch.from_numpy(stored)
+            return clips.float() / _FULL_SCALE if stored.dtype == np.int16 else clips.clone()
         except KestrelError as error:
             return error
 
@@ -202,11 +204,16 @@ class Split:
             sampler=shares,  # an item is the rows of a batch
             num_workers=min(self.workers, len(shares)),
             worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if sys.platform == "linux" else None,  # others start slowly in each epoch
             generator=torch.Generator(),
         )
+        with held_stop_signals():
+            loaded = iter(loader)
+        # Ends the processes, as the loader's destructor does. Where that has not run when Python exits (a traceback
+        # holds the loader, say), Python would send the processes a signal that they ignore, and wait for ever.
+        end = loaded._shutdown_workers  # type: ignore[attr-defined]
+        atexit.register(end)
         try:
-            with held_stop_signals():
-                loaded = iter(loader)
             for item in loaded:
                 yield _checked(item)
         except RuntimeError as error:
@@ -214,6 +221,9 @@ class Split:
                 raise
             reason = f"a loader process died ({str(error)[:80]})"
             raise KestrelError(f"{reason}: lower train.workers, then run again") from None
+        finally:
+            end()
+            atexit.unregister(end)
 
 
 def _checked(item: Tensor | KestrelError) -> Tensor:

@@ -65,7 +65,7 @@ class Ranks:
         if self.world == 1:
             return
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor.detach(), src=0)
 
     def sum_gradients(self, parameters: list[Tensor], values: Tensor) -> Tensor:
         """Sum the gradients over the processes, in place, and return the sum of `values` [K].

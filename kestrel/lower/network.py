@@ -1,0 +1,420 @@
+"""Any feed-forward or recurrent torch network of common layers as integers, with ranges calibrated on features.
+
+The network is traced with torch.fx; every layer becomes an op, batch normalisation and ReLUs join the op before them.
+Activations are int8 codes with one scale per tensor, taken from the largest magnitude on the calibration features.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from kestrel.errors import KestrelError
+from kestrel.lower import conv
+from kestrel.lower.conv import Affine, Target
+from kestrel.lower.graph import Program
+from kestrel.lower.ops import Concat, MaxPool, Requantise, Reshape, Slice, Transpose, Upsample, Window
+from kestrel.lower.post import View
+from kestrel.lower.rnn import Thresholds, lower_rnn
+from kestrel.lower.value import ACTIVATION_BITS, WIDE_BITS, Value, requantised, step_of
+from kestrel.quant.integer import Rescale, symmetric, twos_complement
+from kestrel.quant.packing import WeightCodes, encode
+
+Node = fx.Node
+
+# Element-wise functions that become tables, as modules; keys are what a trace may hold.
+_FUNCTIONS: dict[Any, Callable[[], nn.Module]] = {
+    torch.sigmoid: nn.Sigmoid,
+    functional.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    torch.tanh: nn.Tanh,
+    functional.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+    functional.hardsigmoid: nn.Hardsigmoid,
+    functional.hardswish: nn.Hardswish,
+    functional.silu: nn.SiLU,
+    functional.leaky_relu: nn.LeakyReLU,
+}
+_TABLES = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.SiLU, nn.LeakyReLU, nn.GELU, nn.ELU)
+_RELUS = {torch.relu: nn.ReLU, functional.relu: nn.ReLU, "relu": nn.ReLU, functional.relu6: nn.ReLU6}
+_ADD = (operator.add, operator.iadd, torch.add, "add")
+_MUL = (operator.mul, operator.imul, torch.mul, "mul")
+_FLATTEN = (torch.flatten, "flatten")
+_MEAN = (torch.mean, "mean")
+_UNSQUEEZE = (torch.unsqueeze, "unsqueeze")
+_TRANSPOSE = (torch.transpose, "transpose")
+
+
+class _Peaks(fx.Interpreter):
+    """Runs a traced network on the calibration features and keeps the largest magnitude of every result."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.largest: dict[Node, float] = {}
+        self.shape: dict[Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.largest[n], self.shape[n] = float(result.abs().max()), tuple(result.shape)
+        return result
+
+
+def lower_network(
+    program: Program,
+    view: View,
+    module: nn.Module,
+    calibration: Tensor,
+    weight_bits: int = 8,
+    codes: Mapping[str, WeightCodes] | None = None,
+    thresholds: Thresholds | None = None,
+) -> str:
+    """Add `module`, applied to the features `view` [T, F], to `program`; returns the name of its result.
+
+    Args:
+        module: features [B, T, F] -> logits [B, C], in evaluation mode.
+        calibration: features [B, T, F] as the module gets them, from the training split.
+        weight_bits: bits of weights that are not in `codes`.
+        codes: trained integer weights by parameter name.
+        thresholds: delta updates for its LSTM and GRU layers.
+
+    Raises KestrelError, one line, where a layer has no integer form.
+    """
+    module = module.eval()
+    try:
+        traced = fx.symbolic_trace(module)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise KestrelError(f"{type(module).__name__} cannot be traced, so it has no integer form: {reason}") from error
+    peaks = _Peaks(traced)
+    with torch.no_grad():
+        peaks.run(calibration)
+    return _Walk(program, traced, peaks, weight_bits, codes or {}, thresholds).run(view)
+
+
+class _Walk:
+    """Adds the ops of a traced network, node by node.
+
+    Values of PyTorch's shape [B, C, H, W] are images [H, W, C] here; other shapes keep their order.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        traced: fx.GraphModule,
+        peaks: _Peaks,
+        weight_bits: int,
+        codes: Mapping[str, WeightCodes],
+        thresholds: Thresholds | None,
+    ) -> None:
+        self.program, self.traced, self.peaks = program, traced, peaks
+        self.weight_bits, self.codes, self.thresholds = weight_bits, codes, thresholds
+        self.modules = dict(traced.named_modules())
+        self.values: dict[Node, Value] = {}
+
+    def run(self, view: View) -> str:
+        for node in self.traced.graph.nodes:
+            if node in self.values:
+                continue  # joined the op before it
+            if node.op == "placeholder":
+                self.values[node] = self._input(node, view)
+            elif node.op == "output":
+                (result,) = node.args
+                if not isinstance(result, Node):
+                    raise KestrelError("a network with several outputs has no integer form: return the logits alone")
+                return self.values[result].name
+            elif node.op != "get_attr":
+                self._layer(node)
+        raise AssertionError("a traced network ends with its output")
+
+    # -------------------------------------------------------------------------------------------------------- helpers
+
+    def _input(self, node: Node, view: View) -> Value:
+        step = step_of(self.peaks.largest[node], ACTIVATION_BITS)
+        limits = symmetric(ACTIVATION_BITS)
+        rescale = view.rescale(step * 2 ** (ACTIVATION_BITS - 1), ACTIVATION_BITS, limits)
+        op = Requantise(inputs=(view.name,), outputs=(f"{node}.codes",), rescale=rescale, scale=step)
+        return Value(self.program.add(op), step)
+
+    def _kind(self, node: Node) -> Any:
+        """The module, function or method name that a node calls."""
+        return self.modules[str(node.target)] if node.op == "call_module" else node.target
+
+    def _relu(self, node: Node) -> nn.Module | None:
+        if not node.op.startswith("call"):
+            return None
+        kind = self._kind(node)
+        if isinstance(kind, nn.Module):
+            return kind if isinstance(kind, (nn.ReLU, nn.Hardtanh)) else None
+        return _RELUS[kind]() if kind in _RELUS else None
+
+    def _tail(self, node: Node, norm: bool) -> tuple[list[Node], nn.Module | None, nn.Module | None]:
+        """The nodes that join `node`, each being the only user: batch normalisation (if `norm`), then a ReLU."""
+        chain, found = [node], None
+        following = self._only_user(node)
+        if norm and following is not None and following.op == "call_module":
+            kind = self._kind(following)
+            if isinstance(kind, (nn.BatchNorm2d, nn.BatchNorm1d)):
+                chain.append(following)
+                found = kind
+                following = self._only_user(following)
+        activation = self._relu(following) if following is not None else None
+        if activation is not None and following is not None:
+            chain.append(following)
+        return chain, found, activation
+
+    @staticmethod
+    def _only_user(node: Node) -> Node | None:
+        users = list(node.users)
+        return users[0] if len(users) == 1 else None
+
+    def _target(self, node: Node, activation: nn.Module | None = None) -> Target:
+        """Codes of a node's result; the network's result gets 16 bits, with room for twice what was seen."""
+        if all(user.op == "output" for user in node.users):
+            return Target.of(2 * self.peaks.largest[node], WIDE_BITS, activation)
+        return Target.of(self.peaks.largest[node], ACTIVATION_BITS, activation)
+
+    def _weights(self, name: str, parameter: Tensor) -> WeightCodes:
+        found = self.codes.get(name)
+        return found if found is not None else encode(parameter.detach().double().cpu().numpy(), self.weight_bits)
+
+    def _argument(self, node: Node, place: int, name: str, default: Any = None) -> Any:
+        return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+    def _source(self, node: Node, place: int = 0) -> Value:
+        source = node.args[place]
+        if not isinstance(source, Node) or source not in self.values:
+            raise self._refused(node, "an input is not a tensor that was computed")
+        return self.values[source]
+
+    def _refused(self, node: Node, reason: str = "it is not among the ops of kestrel.lower") -> KestrelError:
+        kind = self._kind(node)
+        text = type(kind).__name__ if isinstance(kind, nn.Module) else getattr(kind, "__name__", str(kind))
+        name = str(node.target if node.op == "call_module" else node)
+        return KestrelError(f"layer {name!r} ({text}) has no integer form: {reason}")
+
+    def _move(self, op: Any, value: Value) -> Value:
+        return Value(self.program.add(op), value.step)
+
+    # --------------------------------------------------------------------------------------------------------- layers
+
+    def _layer(self, node: Node) -> None:
+        kind = self._kind(node)
+        if node.op == "call_module":
+            self.values[node] = self._module(node, kind)
+        elif (activation := self._relu(node)) is not None:
+            self.values[node] = self._activation(node, activation)
+        elif kind in _FUNCTIONS:
+            made = _FUNCTIONS[kind]()
+            self.values[node] = conv.tabulated(self.program, self._source(node), made, self._target(node), str(node))
+        elif kind in _ADD:
+            self._sum(node)
+        elif kind in _MUL:
+            self._product(node)
+        else:
+            self.values[node] = self._moved(node, kind)
+
+    def _module(self, node: Node, module: nn.Module) -> Value:
+        x, name = self._source(node), str(node)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            return self._linear(node, module, x)
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            chain, _, activation = self._tail(node, norm=False)
+            target = self._target(chain[-1], activation)
+            value = conv.normalised(self.program, x, Affine.of(module, module.num_features), target, name)
+            return self._joined(chain, value)
+        if isinstance(module, (nn.ReLU, nn.Hardtanh)):
+            return self._activation(node, module)
+        if isinstance(module, _TABLES):
+            return conv.tabulated(self.program, x, module, self._target(node), name)
+        if isinstance(module, (nn.LSTM, nn.GRU)):
+            return lower_rnn(self.program, x, module, str(node.target), self.weight_bits, self.thresholds)
+        if isinstance(module, nn.MaxPool2d):
+            window = self._window(node, module.kernel_size, module.stride, module.padding, module.ceil_mode)
+            if module.dilation not in (1, (1, 1)):
+                raise self._refused(node, "set dilation to 1")
+            return self._move(MaxPool(inputs=(x.name,), outputs=(name,), window=window), x)
+        if isinstance(module, nn.AvgPool2d):
+            window = self._window(node, module.kernel_size, module.stride, module.padding, module.ceil_mode)
+            return conv.averaged(self.program, x, window, self._target(node), name)
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            if module.output_size not in (1, (1, 1)):
+                raise self._refused(node, "only output size 1, the mean of the image")
+            return self._image_mean(node, x)
+        if isinstance(module, nn.Upsample):
+            return self._upsampled(node, x, module.mode, module.scale_factor)
+        if isinstance(module, nn.Flatten):
+            if (module.start_dim, module.end_dim) != (1, -1):
+                raise self._refused(node, "only Flatten(1)")
+            return self._flat(node, x)
+        if isinstance(module, (nn.Dropout, nn.Dropout2d, nn.Identity)):
+            return x
+        raise self._refused(node)
+
+    def _joined(self, chain: list[Node], value: Value) -> Value:
+        """`value` is the result of the whole chain."""
+        self.values |= dict.fromkeys(chain, value)
+        return value
+
+    def _linear(self, node: Node, module: nn.Conv2d | nn.Linear, x: Value) -> Value:
+        chain, norm, activation = self._tail(node, norm=True)
+        target = self._target(chain[-1], activation)
+        codes = self._weights(f"{node.target}.weight", module.weight)
+        affine = Affine.of(norm, len(codes.codes))  # type: ignore[arg-type]
+        if isinstance(module, nn.Linear):
+            return self._joined(chain, conv.linear(self.program, x, module, codes, affine, target, str(node)))
+        return self._joined(chain, conv.conv2d(self.program, x, module, codes, affine, target, str(node)))
+
+    def _activation(self, node: Node, activation: nn.Module) -> Value:
+        target = self._target(node, activation)
+        return requantised(self.program, self._source(node), target.step, target.limits, str(node))
+
+    def _sum(self, node: Node) -> None:
+        if not all(isinstance(arg, Node) and arg in self.values for arg in node.args[:2]):
+            raise self._refused(node, "only tensors are added; give a constant to a bias")
+        chain, _, activation = self._tail(node, norm=False)
+        target = self._target(chain[-1], activation)
+        values = [self._source(node, place) for place in (0, 1)]
+        self._joined(chain, conv.added(self.program, values, target, str(node)))
+
+    def _product(self, node: Node) -> None:
+        factors = [self._scalar(arg) for arg in node.args[:2]]
+        for place, factor in enumerate(factors):
+            if factor is not None:  # a factor changes what the codes stand for, not the codes
+                x = self._source(node, 1 - place)
+                if factor == 0:
+                    raise self._refused(node, "a factor is 0")
+                if factor < 0:
+                    flipped = Rescale((-1,), 0, *twos_complement(WIDE_BITS))
+                    op = Requantise(inputs=(x.name,), outputs=(str(node),), rescale=flipped, scale=-x.step * factor)
+                    x = Value(self.program.add(op), -x.step)
+                self.values[node] = Value(x.name, x.step * factor)
+                return
+        chain, _, activation = self._tail(node, norm=False)
+        target = self._target(chain[-1], activation)
+        a, b = (self._source(node, place) for place in (0, 1))
+        self._joined(chain, conv.multiplied(self.program, a, b, target, str(node)))
+
+    def _scalar(self, argument: Any) -> float | None:
+        if isinstance(argument, (int, float)):
+            return float(argument)
+        if isinstance(argument, Node) and argument.op == "get_attr":
+            tensor = operator.attrgetter(str(argument.target))(self.traced)
+            if tensor.numel() == 1:
+                return float(tensor.detach())
+        return None
+
+    # ---------------------------------------------------------------------------------------------- pooling and moving
+
+    def _window(self, node: Node, size: Any, stride: Any, padding: Any, ceil: bool) -> Window:
+        def pair(value: Any) -> tuple[int, int]:
+            return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+        if pair(padding) != (0, 0) or ceil:
+            raise self._refused(node, "set padding to 0 and ceil_mode to False")
+        return Window(pair(size), pair(stride if stride is not None else size))
+
+    def _image_mean(self, node: Node, x: Value) -> Value:
+        height, width, _ = self.program.tensors[x.name].shape
+        return conv.averaged(self.program, x, Window((height, width), (height, width)), self._target(node), str(node))
+
+    def _upsampled(self, node: Node, x: Value, mode: Any, factor: Any) -> Value:
+        pair = (factor, factor) if isinstance(factor, (int, float)) else factor
+        if mode != "nearest" or pair is None or any(value != int(value) for value in pair):
+            raise self._refused(node, "only mode nearest with a whole scale_factor")
+        whole = (int(pair[0]), int(pair[1]))
+        return self._move(Upsample(inputs=(x.name,), outputs=(str(node),), factor=whole), x)
+
+    def _flat(self, node: Node, x: Value) -> Value:
+        shape, name = self.program.tensors[x.name].shape, str(node)
+        if len(shape) == 3 and shape[:2] != (1, 1):  # PyTorch flattens channel by channel
+            x = self._move(Transpose(inputs=(x.name,), outputs=(f"{name}.channels",), axes=(2, 0, 1)), x)
+        size = self.program.tensors[x.name].size
+        return self._move(Reshape(inputs=(x.name,), outputs=(name,), shape=(size,)), x)
+
+    def _axis(self, node: Node, rank: int, dim: int) -> int:
+        """PyTorch's dimension `dim` of a value of `rank` dimensions as an axis here."""
+        dim = dim % rank
+        if dim == 0:
+            raise self._refused(node, "it works across the batch")
+        return (2, 0, 1)[dim - 1] if rank == 4 else dim - 1
+
+    def _moved(self, node: Node, kind: Any) -> Value:
+        name = str(node)
+        if kind is torch.cat:
+            return self._concat(node)
+        if kind is functional.interpolate:
+            scale, mode = self._argument(node, 2, "scale_factor"), self._argument(node, 3, "mode", "nearest")
+            return self._upsampled(node, self._source(node), mode, scale)
+        if kind is operator.getitem:
+            return self._item(node)
+        source = node.args[0]
+        assert isinstance(source, Node)
+        rank = len(self.peaks.shape.get(source, ()))
+        if kind in _FLATTEN and self._argument(node, 1, "start_dim", 0) == 1:
+            return self._flat(node, self._source(node))
+        if kind in _MEAN:
+            dims = self._argument(node, 1, "dim")
+            dims = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims or [])}
+            if rank == 4 and dims == {2, 3}:
+                value = self._image_mean(node, self._source(node))
+                if self._argument(node, 2, "keepdim", False):
+                    return value
+                channels = self.program.tensors[value.name].shape[2]
+                return self._move(Reshape(inputs=(value.name,), outputs=(f"{name}.flat",), shape=(channels,)), value)
+            if rank == 3 and dims == {1}:
+                return self._time_mean(node)
+        if kind in _UNSQUEEZE and rank == 3 and self._argument(node, 1, "dim") == 1:
+            x = self._source(node)
+            shape = (*self.program.tensors[x.name].shape, 1)
+            return self._move(Reshape(inputs=(x.name,), outputs=(name,), shape=shape), x)
+        if kind in _TRANSPOSE:
+            x = self._source(node)
+            first, second = (self._axis(node, rank, int(self._argument(node, p, f"dim{p - 1}"))) for p in (1, 2))
+            axes = list(range(rank - 1))
+            axes[first], axes[second] = axes[second], axes[first]
+            return self._move(Transpose(inputs=(x.name,), outputs=(name,), axes=tuple(axes)), x)
+        raise self._refused(node)
+
+    def _time_mean(self, node: Node) -> Value:
+        """Mean over time of [T, F]."""
+        x, name = self._source(node), str(node)
+        frames, width = self.program.tensors[x.name].shape
+        image = self._move(Reshape(inputs=(x.name,), outputs=(f"{name}.image",), shape=(frames, 1, width)), x)
+        value = conv.averaged(self.program, image, Window((frames, 1), (frames, 1)), self._target(node), f"{name}.mean")
+        return self._move(Reshape(inputs=(value.name,), outputs=(name,), shape=(width,)), value)
+
+    def _item(self, node: Node) -> Value:
+        """The sequence of a recurrent layer (item 0), or the last frame of a sequence ([:, -1])."""
+        source, item = node.args[:2]
+        assert isinstance(source, Node)
+        if source.op == "call_module" and isinstance(self._kind(source), (nn.LSTM, nn.GRU)):
+            if item == 0:
+                return self._source(node)
+            if not node.users:
+                return self._source(node)  # unpacked and not used
+            raise self._refused(node, "of a recurrent layer only the sequence of hidden states is available")
+        if item in ((slice(None), -1), (slice(None), -1, slice(None))):
+            x, name = self._source(node), str(node)
+            frames, width = self.program.tensors[x.name].shape
+            last = Slice(inputs=(x.name,), outputs=(f"{name}.frame",), start=frames - 1, stop=frames)
+            x = self._move(last, x)
+            return self._move(Reshape(inputs=(x.name,), outputs=(name,), shape=(width,)), x)
+        raise self._refused(node, "only [:, -1] is available")
+
+    def _concat(self, node: Node) -> Value:
+        nodes, target = node.args[0], self._target(node)
+        assert isinstance(nodes, (list, tuple))
+        sources = [source for source in nodes if isinstance(source, Node)]
+        axis = self._axis(node, len(self.peaks.shape[node]), int(self._argument(node, 1, "dim", 0)))
+        values = [
+            requantised(self.program, self.values[source], target.step, target.limits, f"{node}.{place}")
+            for place, source in enumerate(sources)
+        ]
+        names = tuple(value.name for value in values)
+        return Value(self.program.add(Concat(inputs=names, outputs=(str(node),), axis=axis)), target.step)

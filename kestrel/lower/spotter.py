@@ -1,0 +1,78 @@
+"""A trained spotter as an integer model, and its answers for a whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from kestrel.errors import KestrelError
+from kestrel.lower.block_lstm import lower_block_lstm
+from kestrel.lower.graph import IntegerGraph, Program, calibrated_scale, input_codes
+from kestrel.lower.ops import ArgMax
+from kestrel.lower.post import View, lower_post
+from kestrel.lower.tensor import Tensor
+from kestrel.models.block_lstm import BlockLSTM
+from kestrel.models.evaluate import Features, ProgressCallback
+from kestrel.models.network import Network
+from kestrel.quant.integer import twos_complement
+
+if TYPE_CHECKING:
+    from kestrel.frontend.post import Post
+    from kestrel.models.spotter import KeywordSpotter
+
+FEATURES, LOGITS, CLASS = "features", "logits", "class"
+BATCH = 128  # clips whose tensors stay in the processor's cache
+
+Lowering = Callable[[Program, View, Network, int], str]
+LOWERINGS: dict[type[Network], Lowering] = {BlockLSTM: cast(Lowering, lower_block_lstm)}
+
+
+def lower(spotter: KeywordSpotter, feature_scale: float, weight_bits: int = 8) -> IntegerGraph:
+    """The integer model of `spotter`: input `features` [T, F] int16, outputs `logits` [C] and `class` [1].
+
+    Args:
+        feature_scale: real feature = code * feature_scale; see `feature_scale_of`.
+        weight_bits: bits of weights that were trained without quantisation.
+
+    Simulated device noise has no part in it. Raises KestrelError where the network has no integer form; the line names
+    the setting.
+    """
+    post = cast("Post", spotter.post)
+    lowering = LOWERINGS.get(type(spotter.net))
+    if lowering is None:
+        known = ", ".join(sorted(kind.__name__ for kind in LOWERINGS))
+        raise KestrelError(f"{type(spotter.net).__name__} has no integer form yet: only {known}")
+    if not post.fitted:
+        raise KestrelError("feature.post has no training statistics yet: they come with a checkpoint or from fit")
+    graph = IntegerGraph()
+    features = Tensor(post.input_shape, *twos_complement(16), feature_scale)
+    view = lower_post(graph, post, graph.input(FEATURES, features))
+    graph.output(lowering(graph, view, spotter.net, weight_bits))
+    graph.output(graph.add(ArgMax(inputs=(LOGITS,), outputs=(CLASS,))))
+    return graph
+
+
+def feature_scale_of(data: Features, batch: int = 512) -> float:
+    """Scale of int16 features, a power of two, from the largest magnitude in a training split."""
+    largest = 0.0
+    for start in range(0, data.shape[0], batch):
+        rows = data.rows(np.arange(start, min(start + batch, data.shape[0])))
+        largest = max(largest, float(np.abs(rows).max(initial=0.0)))
+    return calibrated_scale(largest)
+
+
+def predict_codes(graph: IntegerGraph, data: Features, progress: ProgressCallback | None = None) -> np.ndarray:
+    """Integer logits of every clip in the order of the file, int64 [N, C]."""
+    clips = data.shape[0]
+    if not clips:
+        raise KestrelError("the split has no clips; check its manifest, or choose another split")
+    parts = []
+    for start in range(0, clips, BATCH):
+        rows = np.arange(start, min(start + BATCH, clips))
+        codes = input_codes(data.rows(rows), graph.tensors[FEATURES])
+        parts.append(graph.run(codes)[LOGITS])
+        if progress is not None:
+            progress(int(rows[-1]) + 1, clips)
+    return np.concatenate(parts)

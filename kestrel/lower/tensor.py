@@ -1,0 +1,115 @@
+"""What flows between the ops of an integer graph, and the constants that they hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kestrel.errors import KestrelError
+from kestrel.quant.integer import INT32, twos_complement
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named array of integer codes: `shape` without the batch, values proven to lie in `low` .. `high`.
+
+    `scale` documents the real value, code * scale, where there is one scale.
+    """
+
+    shape: Shape
+    low: int
+    high: int
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.low > self.high or self.low < INT32[0] or self.high > INT32[1]:
+            raise KestrelError(f"values {self.low}..{self.high} do not fit in 32 bits: use fewer bits")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored element: 8, 16 or 32, two's complement."""
+        return next(b for b in (8, 16, 32) if twos_complement(b)[0] <= self.low and self.high <= twos_complement(b)[1])
+
+    @property
+    def size(self) -> int:
+        """Elements of one clip."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one clip."""
+        return self.size * self.bits // 8
+
+    @property
+    def magnitude(self) -> int:
+        """Largest |value|."""
+        return max(abs(self.low), abs(self.high))
+
+
+# Bits that an element takes when it is stored packed. `int<b>` is two's complement; `odd<b>` holds k of the odd value
+# 2k + 1, k two's complement of b bits (half-integer grids such as +-0.5, +-1.5, at twice their value); binary = odd1,
+# -1 and +1; ternary -1, 0, +1, five values to a byte.
+STORAGE_BITS: dict[str, float] = {
+    **{f"int{bits}": bits for bits in (*range(2, 9), 16, 32)},
+    **{f"odd{bits}": bits for bits in range(2, 9)},
+    "binary": 1,
+    "ternary": 1.6,
+}
+
+
+def storage_of(values: np.ndarray, bits: int | None = None) -> str:
+    """`int<b>` with b = `bits`, rounded up to 16 above 8, or the fewest of 8, 16 and 32 bits that hold `values`."""
+    if bits is None:
+        low, high = int(values.min(initial=0)), int(values.max(initial=0))
+        bits = next((b for b in (8, 16, 32) if twos_complement(b)[0] <= low and high <= twos_complement(b)[1]), 64)
+    return f"int{bits if bits <= 8 else 16 if bits <= 16 else bits}"
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """Integer values of any shape, with how they are stored (a key of STORAGE_BITS)."""
+
+    values: np.ndarray  # int64
+    storage: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype=np.int64))
+        if self.storage not in STORAGE_BITS:
+            raise KestrelError(f"a constant needs more than 32 bits or an unknown storage {self.storage!r}")
+        low, high = self.range_of(self.storage)
+        fits = self.values.size == 0 or (self.values.min() >= low and self.values.max() <= high)
+        if not fits or (self.storage.startswith(("odd", "binary")) and not (self.values & 1).all()):
+            raise KestrelError(f"a constant's values do not fit its storage {self.storage}: use more weight bits")
+
+    @staticmethod
+    def range_of(storage: str) -> tuple[int, int]:
+        """Smallest and largest value of a storage."""
+        if storage in ("binary", "ternary"):
+            return -1, 1
+        low, high = twos_complement(int(storage[3:]))
+        return (low, high) if storage.startswith("int") else (2 * low + 1, 2 * high + 1)
+
+    @classmethod
+    def of(cls, values: np.ndarray, bits: int | None = None) -> Constant:
+        """`values` in fields of `bits`, or the fewest of 8, 16 and 32 that hold them."""
+        values = np.asarray(values)
+        return cls(values, storage_of(values, bits))
+
+    @property
+    def shape(self) -> Shape:
+        return self.values.shape
+
+    @cached_property
+    def float32(self) -> np.ndarray:
+        """The values as float32, for products that are exact in it."""
+        return self.values.astype(np.float32)
+
+    @cached_property
+    def float64(self) -> np.ndarray:
+        """The values as float64, for products that are exact in it."""
+        return self.values.astype(np.float64)

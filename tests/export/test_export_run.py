@@ -1,0 +1,165 @@
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from score_kit import CLASSES, FEATURE_SCALE, IDENTITY, PROVENANCE, feature_file, spotter
+
+from kestrel.errors import KestrelError
+from kestrel.export import onnx as onnx_export
+from kestrel.export.run import export
+from kestrel.export.spec import ExportSpec
+from kestrel.models.evaluate import predict
+from kestrel.models.inventory import parameters
+
+ARGUMENTS = {"identity": IDENTITY, "split": "test", "seed": 3, "chip": 0, "batch_size": 50, "provenance": PROVENANCE, "feature_scale": FEATURE_SCALE}
+FILES = {"card.md", "export.json", "model.onnx", "example.npz", "codes.npz", "weights.bin"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return feature_file(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(scope="module")
+def exported(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exp") / "export"
+    return folder, export(spotter(), data, folder, settings=ExportSpec(), **ARGUMENTS)
+
+
+def test_all_files_are_there_and_the_summary_says_what_they_are(exported):
+    folder, summary = exported
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert json.loads((folder / "export.json").read_text()) == summary
+    assert set(summary["files"]) == FILES - {"card.md", "export.json"}
+    for name, entry in summary["files"].items():
+        content = (folder / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert summary["weight_bytes"] == (folder / "weights.bin").stat().st_size
+
+
+def test_exported_accuracy_is_that_of_a_network_made_of_the_codes(exported, data):
+    """Rebuilt from codes.npz alone, in a fresh network."""
+    folder, summary = exported
+    content, model = np.load(folder / "codes.npz", allow_pickle=False), spotter()
+    state = {f"net.{name}": value for name, value in content.items() if not name.startswith("post.")}
+    state = {name: value for name, value in state.items() if not name.endswith((".codes", ".scale", ".bits"))}
+    state |= {name: value for name, value in content.items() if name.startswith("post.")}
+    for name in (name.removesuffix(".codes") for name in content if name.endswith(".codes")):
+        codes, scale = content[f"{name}.codes"], content[f"{name}.scale"]
+        assert codes.dtype == np.int8 and np.abs(codes.astype(int)).max() == 127
+        state[f"net.{name}"] = (codes * scale.reshape(-1, *[1] * (codes.ndim - 1))).astype(np.float32)
+    import torch
+
+    model.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in state.items()})
+    accuracy = (predict(model, data, 50).argmax(axis=1) == data.labels).mean()
+    assert summary["accuracy"] == accuracy
+    assert summary["trained_accuracy"] == (predict(spotter(), data, 50).argmax(axis=1) == data.labels).mean()
+
+
+def test_few_bits_cost_accuracy_and_bytes(tmp_path, exported, data):
+    coarse = export(spotter(), data, tmp_path / "export", settings=ExportSpec(weight_bits=2, onnx=False), **ARGUMENTS)
+    assert coarse["accuracy"] < exported[1]["accuracy"] - 0.05
+    assert coarse["trained_accuracy"] == exported[1]["trained_accuracy"]
+    assert coarse["weight_bytes"] < 0.35 * exported[1]["weight_bytes"]
+    assert coarse["answers_changed_by_codes"] > 0
+
+
+def test_weights_trained_at_few_bits_lose_nothing(tmp_path, data):
+    summary = export(spotter(quant_w=4), data, tmp_path / "export", settings=ExportSpec(onnx=False), **ARGUMENTS)
+    assert summary["answers_changed_by_codes"] == 0
+    assert summary["accuracy"] == summary["trained_accuracy"]
+    assert {section["bits"] for section in summary["weight_sections"]} == {4}
+
+
+def test_exporting_twice_gives_identical_files(tmp_path, exported, data):
+    export(spotter(), data, tmp_path / "elsewhere", settings=ExportSpec(), **ARGUMENTS)
+    for name in FILES:
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (exported[0] / name).read_bytes(), name
+
+
+def test_the_cards_snippet_runs_as_it_stands(exported, data):
+    folder, _ = exported
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "card.md").read_text(), re.DOTALL)
+    assert len(snippet.splitlines()) == 6
+    run = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    answers, difference = run.stdout.splitlines()
+    expected = predict(spotter(), data, 50)[:8].argmax(axis=1)
+    assert answers == "answers: " + " ".join(CLASSES[index] for index in expected)
+    assert float(difference.split(":")[1]) < 1e-4
+
+
+def test_card_shows_all_of_it(exported):
+    folder, summary = exported
+    text = (folder / "card.md").read_text()
+    low, high = (100 * bound for bound in summary["ci95"])
+    for part in (
+        f"| integer weights (codes.npz) | {100 * summary['accuracy']:.2f} % | {low:.2f}-{high:.2f} % |",
+        f"| trained weights (float32) | {100 * summary['trained_accuracy']:.2f} % |",
+        "`toy-4`",
+        "ab" * 32,
+        "float32 [clips, 8, 6]",
+        "float32 [clips, 4]",
+        "`yes no go silence`",
+        "normalise channel; stack 2",
+        "| hop | 320 |",
+        "| lstm.w_ih | 2 x 12 x 32 | 8 | 0 | 768 |",
+        f"| all | {parameters(spotter().net):,} | {summary['macs']:,} |",
+        f"on 130 clips: largest difference of a logit {summary['onnx']['largest_difference']:.3g}; 0 answers differ",
+        "Integer-only inference",
+        "C code",
+        PROVENANCE["checkpoint_sha256"],
+        PROVENANCE["command"],
+    ):
+        assert part in text, part
+    for name in FILES - {"card.md"}:
+        content = (folder / name).read_bytes()
+        assert f"| {name} | {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |" in text
+
+
+def test_device_noise_is_off_in_the_files_and_stated_on_the_card(tmp_path, exported, data):
+    settings = ExportSpec()
+    summary = export(spotter(noise_eval=0.2), data, tmp_path / "export", settings=settings, **ARGUMENTS)
+    assert summary["accuracy"] == exported[1]["accuracy"]
+    assert summary["files"] == exported[1]["files"]
+    assert "trained weights with device noise 0.2 (seed 3, chip 0)" in (tmp_path / "export" / "card.md").read_text()
+
+
+def test_without_onnx(tmp_path, data):
+    summary = export(spotter(), data, tmp_path / "export", settings=ExportSpec(onnx=False), **ARGUMENTS)
+    assert not (tmp_path / "export" / "model.onnx").exists() and "onnx" not in summary
+    assert "Left out" in (tmp_path / "export" / "card.md").read_text()
+
+
+def test_a_failed_check_leaves_the_old_folder(tmp_path, data, monkeypatch):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "old").write_text("kept")
+    monkeypatch.setattr(onnx_export, "LARGEST_DISAGREEMENT", -1.0)
+    with pytest.raises(KestrelError, match="otherwise than PyTorch"):
+        export(spotter(), data, tmp_path / "export", settings=ExportSpec(), **ARGUMENTS)
+    assert [path.name for path in tmp_path.rglob("*")] == ["export", "old"]
+
+
+def test_other_classes_are_refused(tmp_path):
+    data = feature_file(tmp_path / "features", classes=["yes", "no", "stop", "silence"])
+    with pytest.raises(KestrelError, match="features of its own protocol"):
+        export(spotter(), data, tmp_path / "export", settings=ExportSpec(), **ARGUMENTS)
+    assert not (tmp_path / "export").exists()
+
+
+def test_progress_covers_every_pass(tmp_path, data):
+    seen = []
+    settings = ExportSpec()
+    export(
+        spotter(noise_eval=0.1),
+        data,
+        tmp_path / "export",
+        settings=settings,
+        progress=lambda done, total: seen.append((done, total)),
+        **ARGUMENTS,
+    )
+    assert seen[-1] == (4 * 130, 4 * 130) and sorted(seen) == seen and len(seen) == 12
