@@ -8,7 +8,7 @@ from kestrel.pipeline.work import train_stage
 
 def work(run: Run, status: Status) -> tuple[list[str], tuple[str, ...]]:
     """Writes exp/<recipe>/<tag>/retrain/ (checkpoints, metrics.csv, curves.png)."""
-    return train_stage(run, "retrain", status)
+    return train_stage(run, "retrain")
 
 
 if __name__ == "__main__":

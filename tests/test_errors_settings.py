@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kestrel.errors import KestrelError, UsageError, nearest, unknown
@@ -61,7 +61,9 @@ def fails(data: Any, *parts: str) -> None:
 def test_nearest_match_or_all_choices() -> None:
     assert nearest("pretain", ["pretrain", "retrain", "score"]) == "pretrain"
     assert nearest("xyz", ["pretrain", "score"]) is None
-    assert str(unknown("stage", "pretain", ["score", "pretrain"])) == "unknown stage 'pretain'; did you mean 'pretrain'?"
+    assert (
+        str(unknown("stage", "pretain", ["score", "pretrain"])) == "unknown stage 'pretain'; did you mean 'pretrain'?"
+    )
     assert str(unknown("stage", "xyz", ["score", "export"])) == "unknown stage 'xyz'; known: export, score"
     assert str(unknown("stage", "xyz", [])) == "unknown stage 'xyz'; known: none"
     assert isinstance(unknown("stage", "xyz", []), KestrelError)
@@ -78,7 +80,11 @@ def test_keywords_stay_words_and_exponents_are_numbers() -> None:
 
 
 def test_dumped_words_read_the_same_in_every_yaml_reader() -> None:
-    data = {"words": ["yes", "no", "on", "1e-3", "null", "~", "0x1", "2001-01-01", "zwölf"], "rate": 1e-07, "none": None}
+    data = {
+        "words": ["yes", "no", "on", "1e-3", "null", "~", "0x1", "2001-01-01", "zwölf"],
+        "rate": 1e-07,
+        "none": None,
+    }
     assert parse_yaml(dump_yaml(data)) == data
     assert yaml.safe_load(dump_yaml({"words": data["words"]})) == {"words": data["words"]}
 
@@ -92,6 +98,7 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(plain)
 def test_dump_and_parse_are_inverse(data: Any) -> None:
     assert parse_yaml(dump_yaml(data)) == data
@@ -191,6 +198,7 @@ def test_wrong_values_name_the_key(data: Any, parts: tuple[str, ...]) -> None:
 # ----------------------------------------------------------------------------------------------------- merge and set
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), plain), st.dictionaries(st.sampled_from("abc"), plain))
 def test_merge_lays_over_and_changes_neither(base: dict, delta: dict) -> None:
     before = repr((base, delta))

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import csv
 import logging
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +30,7 @@ from kestrel.corpus.rules import (
     speaker_of,
 )
 from kestrel.corpus.spec import CorpusSpec, ProtocolSpec
+from kestrel.corpus.workers import WorkerPool
 from kestrel.errors import KestrelError, UsageError, unknown
 from kestrel.store.atomic import atomic_path, write_json
 from kestrel.store.hashing import keyed_rank
@@ -143,7 +142,7 @@ def _probe_all(paths: list[str], sample_rate: int, workers: int, progress: Progr
         yield from report(map(_probe_chunk, jobs))
         return
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with WorkerPool(workers) as pool:
             yield from report(pool.map(_probe_chunk, jobs))
     except BrokenProcessPool:
         raise KestrelError("a worker process died while reading clips; run stage 1 again with --nproc 1") from None

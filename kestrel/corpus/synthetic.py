@@ -15,14 +15,12 @@ import ctypes
 import hashlib
 import importlib.metadata
 import logging
-import multiprocessing
 import os
 import random
 import shutil
 import tempfile
 import wave
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ import numpy as np
 
 from kestrel.corpus.rules import MARK, NOISE_FOLDER, hash_split
 from kestrel.corpus.spec import CorpusSpec
+from kestrel.corpus.workers import WorkerPool
 from kestrel.errors import KestrelError
 from kestrel.store.atomic import atomic_folder, disk_error
 
@@ -370,7 +369,6 @@ def synthesise(
     blocks = [indices[start : start + BLOCK] for start in range(0, spec.speakers, BLOCK)]
     per_speaker = sum(spec.keyword_takes if word in CORE_WORDS else 1 for word in words)
     data_parent = _data_folder([(index, speaker(spec.seed, index)) for index in indices])
-    context = multiprocessing.get_context("spawn")
     done = 0
     try:
         with atomic_folder(out_dir) as folder:
@@ -378,7 +376,7 @@ def synthesise(
                 (folder / name).mkdir()
             jobs = [(str(folder), data_parent, spec.seed, block, tuple(words), spec.keyword_takes) for block in blocks]
             # a task per process: every block meets a fresh engine
-            with ProcessPoolExecutor(max(1, workers), context, max_tasks_per_child=1) as pool:
+            with WorkerPool(max(1, workers), max_tasks_per_child=1) as pool:
                 noises = pool.submit(_make_noises, (str(folder), spec.seed))
                 for clips in pool.map(_speak_block, jobs):
                     done += clips

@@ -26,12 +26,8 @@ class Subject:
     macs: int
 
 
-# What an export does not hold yet, in the words of the card.
-NOT_INCLUDED = (
-    "Integer-only inference: the weights are integers, the arithmetic is not. Activations are computed in float32, at "
-    "the values that the quantisers allow.",
-    "C code, and the computation of features from audio: the inputs are the features of the front end named above.",
-)
+# What an export does not hold yet, in the words of the card, beside what its parts name themselves.
+NOT_INCLUDED = ("Sound as the input of the ONNX models: they take the features of the front end named above.",)
 
 
 def card(
@@ -45,24 +41,30 @@ def card(
     `accuracies` by what computed them, the exported form first; `files` maps each file to its bytes and SHA-256.
     """
     sections = [
-        _headline(subject, accuracies),
+        _headline(subject, accuracies, parts),
         _interface(subject),
         *(f"## {part.title}\n\n{part.text}" for part in parts),
         _layers(subject),
         _files(parts, files),
-        "## Not included\n\n" + "\n".join(f"* {line}" for line in NOT_INCLUDED),
+        "## Not included\n\n" + "\n".join(f"* {line}" for line in _missing(parts)),
         _origin(subject),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _headline(subject: Subject, accuracies: Mapping[str, Accuracy]) -> str:
+def _missing(parts: Sequence[Part]) -> list[str]:
+    return [*(line for part in parts for line in part.missing), *NOT_INCLUDED]
+
+
+def _headline(subject: Subject, accuracies: Mapping[str, Accuracy], parts: Sequence[Part]) -> str:
     rows = []
     for name, right in accuracies.items():
         low, high = right.ci95
         rows.append(
             (name, percent(right.value, 2), f"{100 * low:.2f}-{100 * high:.2f} %", f"{right.correct:,} of {right.n:,}")
         )
+    facts: list[Sequence[Any]] = [("parameters", subject.parameters), ("multiply-adds per clip", subject.macs)]
+    facts += [fact for part in parts for fact in part.facts.items()]
     return "\n".join(
         [
             f"# {subject.identity['recipe']} / {subject.identity['tag']}",
@@ -71,6 +73,8 @@ def _headline(subject: Subject, accuracies: Mapping[str, Accuracy]) -> str:
             f"protocol `{subject.protocol['name']}` (SHA-256 of its lists of clips: `{subject.protocol['hash']}`):",
             "",
             table(("computed by", "accuracy", "95 % interval (Wilson)", "clips right"), rows),
+            "",
+            table(("", ""), facts),
         ]
     )
 

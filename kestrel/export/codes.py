@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from kestrel.export.form import Part, Work
-from kestrel.models.evaluate import accuracy, predict
-from kestrel.models.inventory import decoded_weights, noise_off, other_parameters, weight_codes
+from kestrel.models.evaluate import accuracy
+from kestrel.models.inventory import other_parameters, weight_codes
 from kestrel.quant.packing import SCALE_BYTES, WeightCodes
 from kestrel.store.markdown import table
 from kestrel.store.npz import write_npz
@@ -67,10 +67,8 @@ def codes_form(work: Work, folder: Path) -> Part:
     net, bits = work.spotter.net, work.settings.weight_bits
     codes = weight_codes(net, bits)
     trained = {group.name: group.tensor.detach().float().cpu().numpy() for group in net.weight_groups()}
-    with decoded_weights(net, codes), noise_off(net):
-        logits = predict(work.spotter, work.data, work.batch_size, work.next_pass())
-    right = accuracy(logits, work.data.labels)
-    changed = int((logits.argmax(axis=1) != work.logits.argmax(axis=1)).sum())
+    right = accuracy(work.decoded, work.data.labels)
+    changed = int((work.decoded.argmax(axis=1) != work.logits.argmax(axis=1)).sum())
     post = {f"post.{name}": value.detach().cpu().numpy() for name, value in work.spotter.post.state_dict().items()}
     others = {**other_parameters(net), **post}
     write_npz(folder / "codes.npz", code_arrays(codes, others))

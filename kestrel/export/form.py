@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kestrel.export.spec import ExportSpec
+from kestrel.lower.answers import Answers
+from kestrel.lower.graph import IntegerGraph
 from kestrel.models.evaluate import Accuracy, ProgressCallback
 
 if TYPE_CHECKING:
@@ -21,13 +23,19 @@ if TYPE_CHECKING:
 class Work:
     """A trained spotter and the clips that its exported forms are checked on.
 
-    `logits` float32 [N, C] are the trained network's on every clip, without device noise. `protocol` has name and hash.
-    `next_pass` gives the progress callback of the form's pass over the clips.
+    `logits` float32 [N, C] are the trained network's on every clip, without device noise; `decoded` those with the
+    weights that the integer codes stand for. `graph` is the integer model and `integer` its answers on every clip, in
+    the order of `data`; both are None where the network cannot be lowered, and `obstacle` says why. `protocol` has name
+    and hash. `next_pass` gives the progress callback of the form's pass over the clips.
     """
 
     spotter: KeywordSpotter
     data: FeatureFile
     logits: np.ndarray
+    decoded: np.ndarray
+    graph: IntegerGraph | None
+    obstacle: str
+    integer: Answers | None
     settings: ExportSpec
     batch_size: int
     protocol: Mapping[str, str]
@@ -38,7 +46,8 @@ class Work:
 class Part:
     """What became of one form: `title` and `text` (Markdown) for the card, what each file is, and its results.
 
-    `accuracies` by what computed them. `figures` are entries of export.json.
+    `accuracies` by what computed them. `figures` are entries of export.json; `facts` are lines of the card's first table
+    (name, text). `missing` says in whole sentences what this form does not hold.
     """
 
     title: str
@@ -46,6 +55,8 @@ class Part:
     files: Mapping[str, str] = field(default_factory=dict)
     accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+    missing: Sequence[str] = ()
 
 
 Form = Callable[[Work, Path], Part]

@@ -28,8 +28,8 @@ def _levels(x: Tensor, limit: Tensor, bits: int) -> Tensor:
     if bits == 0:
         return clipped
     half = float(2 ** (bits - 1))
-    bound = 1.0 - 1.0 / half
-    return (clipped / limit).clamp(-bound, bound).mul(half).round().mul(1.0 / half).mul(limit)
+    step = limit * (1.0 / half)
+    return (clipped / step).clamp(1.0 - half, half - 1.0).round() * step
 
 
 def _sequence(

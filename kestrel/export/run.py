@@ -5,17 +5,24 @@ A new form is a function in FORMS: it writes its files into the folder and retur
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
+from kestrel.export.c_form import TITLE as C_TITLE
+from kestrel.export.c_form import c_form
 from kestrel.export.card import Subject, card
 from kestrel.export.codes import EXPORTED, codes_form
 from kestrel.export.form import Form, Part, Work
+from kestrel.export.integer import integer_form
 from kestrel.export.onnx import onnx_form
+from kestrel.export.qdq import qdq_form
 from kestrel.export.spec import ExportSpec
-from kestrel.models.evaluate import Accuracy, ProgressCallback, accuracy, device_of, evaluation_noise, predict
+from kestrel.export.vectors import vectors_form
+from kestrel.lower.answers import answers, float64_answers, lowered, predict_decoded
+from kestrel.models.evaluate import Accuracy, Passes, ProgressCallback, accuracy, device_of, evaluation_noise, predict
 from kestrel.models.inventory import evaluation_noise_of, layers, network_shape, noise_off, parameters
 from kestrel.store.atomic import atomic_folder, disk_error, write_json, write_text
 from kestrel.store.hashing import sha256_file
@@ -24,27 +31,18 @@ if TYPE_CHECKING:
     from kestrel.models.spotter import KeywordSpotter
     from kestrel.store.hdf5 import FeatureFile
 
-FORMS: tuple[Form, ...] = (codes_form, onnx_form)
+
+def _c_if_wanted(work: Work, folder: Path) -> Part:
+    """c/, unless it is switched off: its proof needs a compiler."""
+    if work.settings.c:
+        return c_form(work, folder)
+    text = "Left out, since `export.c` is false."
+    return Part(C_TITLE, text, missing=("C program, and the computation of features from audio: `export.c` is false.",))
+
+
+FORMS: tuple[Form, ...] = (codes_form, integer_form, _c_if_wanted, vectors_form, onnx_form, qdq_form)
 TRAINED = "trained weights (float32)"
 DIGITS = 6  # of the shares in export.json
-
-
-class _Passes:
-    """One progress figure over several passes through the same clips."""
-
-    def __init__(self, progress: ProgressCallback | None, clips: int, passes: int) -> None:
-        self.progress, self.clips, self.passes, self.begun = progress, clips, passes, 0
-
-    def next(self) -> ProgressCallback:
-        """The callback of the next pass."""
-        before = self.begun * self.clips
-        self.begun += 1
-
-        def advance(done: int, _: int) -> None:
-            if self.progress is not None:
-                self.progress(before + done, self.passes * self.clips)
-
-        return advance
 
 
 def export(
@@ -58,6 +56,7 @@ def export(
     chip: int,
     batch_size: int,
     settings: ExportSpec,
+    feature_scale: float | None,
     provenance: Mapping[str, Any],
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
@@ -67,6 +66,8 @@ def export(
         data, split: the clips that each form is checked on.
         identity: recipe, variant, tag, seed, classes, config_hash; frontend, feature (or post) for the card.
         seed, chip: key of the noise drawn in evaluation, for the accuracy that the score stage reports.
+        feature_scale: scale of the integer model's feature codes (kestrel.lower.spotter.feature_scale_of); None where it
+            is not known, which leaves the integer model out.
         provenance: checkpoint_sha256, git_commit, git_dirty, torch, command.
 
     Raises KestrelError where a form does not answer as the trained network does; nothing is written then.
@@ -77,7 +78,10 @@ def export(
             "export it with features of its own protocol"
         )
     noise = evaluation_noise_of(spotter.net)
-    passes = _Passes(progress, len(data.labels), 2 + settings.onnx + (noise > 0))
+    graph, obstacle = lowered(spotter, feature_scale, settings.weight_bits)
+    passes = Passes(
+        progress, len(data.labels), 2 + 2 * settings.onnx + (noise > 0) + (0 if graph is None else 1 + settings.c)
+    )
     with noise_off(spotter.net):
         logits = predict(spotter, data, batch_size, passes.next())
     references = {TRAINED: accuracy(logits, data.labels)}
@@ -88,7 +92,24 @@ def export(
             noisy, data.labels
         )
     protocol = {key: data.protocol[key] for key in ("name", "hash")}
-    work = Work(spotter, data, logits, settings, batch_size, protocol, passes.next)
+    decoded = predict_decoded(spotter, data, settings.weight_bits, batch_size, passes.next())
+    integer = None
+    if graph is not None:
+        exact = functools.partial(float64_answers, spotter, graph, data, weight_bits=settings.weight_bits)
+        integer = answers(graph, data, data.labels, decoded, passes.next(), exact)
+    work = Work(
+        spotter=spotter,
+        data=data,
+        logits=logits,
+        decoded=decoded,
+        graph=graph,
+        obstacle=obstacle,
+        integer=integer,
+        settings=settings,
+        batch_size=batch_size,
+        protocol=protocol,
+        next_pass=passes.next,
+    )
     shape = network_shape(spotter)
     subject = Subject(
         identity=identity,

@@ -14,4 +14,8 @@ class ExportSpec:
     weight_bits: int = setting(
         8, "bits of the exported codes of weights that were trained without quantisation", min=2, max=16
     )
-    onnx: bool = setting(True, "write the network as ONNX and check it in onnxruntime")
+    onnx: bool = setting(True, "write the network as ONNX, float and QDQ, and check both in onnxruntime")
+    c: bool = setting(True, "write the integer model as a C program and prove it bit-identical (needs gcc and make)")
+    vectors: int = setting(
+        2, "clips whose every tensor is written as test vectors for hardware (0 = none)", min=0, max=16
+    )

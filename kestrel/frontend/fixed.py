@@ -26,7 +26,7 @@ def shift_right(x: ArrayLike, bits: ArrayLike) -> Integers:
     """x * 2^-bits rounded to the nearest integer, halves up: (x + 2^(bits - 1)) >> bits. Negative bits shift left."""
     value, amount = np.asarray(x, np.int64), np.asarray(bits, np.int64)
     right, left = np.maximum(amount, 0), np.maximum(-amount, 0)
-    half = (np.int64(1) << right) >> 1
+    half: Integers = np.asarray((np.int64(1) << right) >> 1, np.int64)
     return ((value << left) + half) >> right
 
 
@@ -159,7 +159,9 @@ class FixedFrontend:
 
         sums = np.zeros((len(frames), len(filters.count)), np.int64)
         if len(self._starts):
-            sums[:, self._used] = np.add.reduceat(values[:, self._bins - filters.low_bin] * self._weights, self._starts, axis=1)
+            sums[:, self._used] = np.add.reduceat(
+                values[:, self._bins - filters.low_bin] * self._weights, self._starts, axis=1
+            )
         sums = shift_right(sums, filters.shift)
         if tables.floor_mantissa:
             sums += shift_right(tables.floor_mantissa, np.minimum(tables.floor_exponent - exponent, 62))[:, None]
@@ -265,7 +267,7 @@ class _Fourier:
         for part in range(1, radix):
             index = np.arange(1, length) * (part * step)  # point 0 is not turned
             a[:, part, 1:], b[:, part, 1:] = self._turn(a[:, part, 1:], b[:, part, 1:], index)
-        out_a, out_b = np.empty_like(a), np.empty_like(b)
+        out_a, out_b = np.empty(shape, np.int64), np.empty(shape, np.int64)
         if radix == 2:
             for target, x in ((out_a, a), (out_b, b)):
                 target[:, 0], target[:, 1] = x[:, 0] + x[:, 1], x[:, 0] - x[:, 1]
@@ -280,12 +282,12 @@ class _Fourier:
             out_a[:, 3], out_b[:, 3] = even_a - odd_b, even_b + odd_a
         else:
             out_a[:, 0], out_b[:, 0] = a.sum(1), b.sum(1)
-            for target in range(1, radix):
-                index = np.arange(1, radix) * target % radix * (n_fft // radix)
+            x, y = a[:, 1:], b[:, 1:]
+            for row in range(1, radix):
+                index = np.arange(1, radix) * row % radix * (n_fft // radix)
                 cosine, sine = self._cosine[index][:, None, None], self._sine[index][:, None, None]
-                x, y = a[:, 1:], b[:, 1:]
-                out_a[:, target] = a[:, 0] + shift_right((x * cosine + y * sine).sum(1), 15)
-                out_b[:, target] = b[:, 0] + shift_right((y * cosine - x * sine).sum(1), 15)
+                out_a[:, row] = a[:, 0] + shift_right((x * cosine + y * sine).sum(1), 15)
+                out_b[:, row] = b[:, 0] + shift_right((y * cosine - x * sine).sum(1), 15)
         return out_a.reshape(real.shape), out_b.reshape(real.shape)
 
     def _split(self, real: Integers, imaginary: Integers) -> tuple[Integers, Integers]:

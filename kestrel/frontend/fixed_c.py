@@ -50,8 +50,8 @@ class _Array:
 def _stream(tables: Tables) -> _Stream:
     hop, lead = tables.spec.hop, tables.lead
     # Reflected samples are read from the buffer: `lead` of them before the first sample, as many after the last.
-    history = max(tables.taps, hop, hop + 2 * lead)
-    delay = max(1, -((lead - history) // hop))
+    least = max(tables.taps, hop, hop + 2 * lead)
+    delay = max(1, -((lead - least) // hop))
     return _Stream(delay, delay * hop + lead)
 
 
@@ -181,7 +181,10 @@ def _constants(tables: Tables) -> dict[str, dict[str, int | str]]:
             "LOG_FLOOR": _signed(tables.log_floor),
             "LOG_PLUS_FLOOR": int(tables.floor_mantissa > 0),
             **(
-                {"FLOOR_MANTISSA": f"INT64_C({tables.floor_mantissa})", "FLOOR_EXPONENT": _signed(tables.floor_exponent)}
+                {
+                    "FLOOR_MANTISSA": f"INT64_C({tables.floor_mantissa})",
+                    "FLOOR_EXPONENT": _signed(tables.floor_exponent),
+                }
                 if tables.floor_mantissa
                 else {}
             ),
@@ -204,16 +207,15 @@ def _signed(value: int) -> int | str:
 def _arrays(tables: Tables) -> list[_Array]:
     transform, filters = tables.transform, tables.filters
 
-    def narrow(name: str, comment: str, values: np.ndarray | Sequence[int], kind: str = "int16_t", size: int = 2) -> _Array:
+    def narrow(
+        name: str, comment: str, values: np.ndarray | Sequence[int], kind: str = "int16_t", size: int = 2
+    ) -> _Array:
         return _Array(kind, size, name, comment, [int(value) for value in values] or [0])
 
     arrays = [narrow("kfe_window", "first half of the window, times 32767", tables.window)]
     if transform.dense:
-        n_fft = tables.spec.n_fft
-        arrays += [
-            narrow("kfe_cosine", "cos(2 pi i / KFE_N_FFT), times 32767", transform.wave[:n_fft]),
-            narrow("kfe_sine", "sin(2 pi i / KFE_N_FFT), times 32767", transform.wave[n_fft:]),
-        ]
+        pairs = transform.wave.reshape(2, -1).T.reshape(-1)
+        arrays.append(narrow("kfe_wave", "cos(2 pi i / KFE_N_FFT) and sin(2 pi i / KFE_N_FFT), times 32767", pairs))
     else:
         arrays += [
             narrow("kfe_wave", "sin(2 pi i / KFE_N_FFT), times 32768, at most 32767", transform.wave),
@@ -223,7 +225,13 @@ def _arrays(tables: Tables) -> list[_Array]:
     arrays += [
         narrow("kfe_filter_first", "first bin of each filter", np.maximum(filters.first, filters.low_bin), "uint16_t"),
         narrow("kfe_filter_count", "bins of each filter", filters.count, "uint16_t"),
-        narrow("kfe_filter_shift", "binary scale of each filter's weights, above 2^KFE_WEIGHT_BITS", filters.shift, "uint8_t", 1),
+        narrow(
+            "kfe_filter_shift",
+            "binary scale of each filter's weights, above 2^KFE_WEIGHT_BITS",
+            filters.shift,
+            "uint8_t",
+            1,
+        ),
         narrow("kfe_weights", "weights, filter by filter", filters.weights),
         narrow("kfe_log_table", "log2(1 + i / 128) - i / 128, times 65536", tables.log_table),
     ]

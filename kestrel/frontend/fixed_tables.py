@@ -257,7 +257,9 @@ def filter_bank(spec: FrontendSpec) -> NDArray[np.float64]:
     bins = spec.n_fft // 2 + 1
     corners = np.array(filter_edges(spec))
     if spec.mel_rule == "htk":
-        place = np.arange(bins) * ((spec.sample_rate // 2) / (bins - 1))  # torchaudio's bins end at half the sample rate
+        place = np.arange(bins) * (
+            (spec.sample_rate // 2) / (bins - 1)
+        )  # torchaudio's bins end at half the sample rate
     else:
         place = np.arange(bins, dtype=np.float64)
         corners = np.floor((spec.n_fft + 1) * corners / spec.sample_rate)

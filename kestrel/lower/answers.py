@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from kestrel.errors import KestrelError
 from kestrel.lower.graph import IntegerGraph, input_codes
 from kestrel.lower.ops import Conv2d, DepthwiseConv2d, MatMul, sum_range
-from kestrel.lower.spotter import FEATURES, LOGITS, lower, predict_codes
+from kestrel.lower.spotter import BATCH, FEATURES, LOGITS, lower, predict_codes
 from kestrel.lower.tensor import Tensor
 from kestrel.models.evaluate import Accuracy, Features, ProgressCallback, accuracy, predict
 from kestrel.models.inventory import decoded_weights, noise_off, weight_codes
@@ -22,8 +24,16 @@ if TYPE_CHECKING:
 ALLOWED_POINTS = 0.2  # difference of accuracies that rounding may make, in points
 
 
-def lowered(spotter: KeywordSpotter, feature_scale: float, weight_bits: int) -> tuple[IntegerGraph | None, str]:
-    """The integer model and "", or None and the line that says which setting prevents it."""
+def lowered(spotter: KeywordSpotter, feature_scale: float | None, weight_bits: int) -> tuple[IntegerGraph | None, str]:
+    """The integer model and "", or None and the line that says which setting prevents it.
+
+    `feature_scale` is None where there are no features that it could be taken from.
+    """
+    if feature_scale is None:
+        return (
+            None,
+            "there is no validation.h5, from which the scale of feature codes is taken: put it beside the others",
+        )
     try:
         return lower(spotter, feature_scale, weight_bits), ""
     except (KestrelError, ValueError) as error:  # ValueError: a number that fits no multiplier
@@ -37,6 +47,27 @@ def predict_decoded(
     codes = weight_codes(spotter.net, weight_bits)
     with decoded_weights(spotter.net, codes), noise_off(spotter.net):
         return predict(spotter, data, batch_size, progress)
+
+
+def float64_answers(
+    spotter: KeywordSpotter, graph: IntegerGraph, data: Features, rows: np.ndarray, weight_bits: int
+) -> np.ndarray:
+    """Answers [n] of the fake-quant network in float64, for clips `rows` with their features as the integer model has them.
+
+    Float32 resolves ties between two codes by its rounding errors where float64 mostly meets them exactly.
+    """
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    exact = copy.deepcopy(spotter).cpu().double()
+    exact.net.set_phase("eval")
+    tensor = graph.tensors[FEATURES]
+    assert tensor.scale is not None
+    found = []
+    with decoded_weights(exact.net, weight_codes(spotter.net, weight_bits)), noise_off(exact.net), torch.no_grad():
+        for start in range(0, len(rows), BATCH):
+            codes = input_codes(data.rows(rows[start : start + BATCH]), tensor)
+            found.append(exact(torch.from_numpy(codes * tensor.scale)).argmax(dim=1).numpy())
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -64,6 +95,7 @@ class Answers:
     same: int  # clips with the same answer
     gained: int  # clips that the integer model alone gets right
     lost: int  # clips that the fake-quant network alone gets right
+    float32: int | None  # clips with another answer, where the fake-quant network in float64 gives the integer model's
     largest_difference: float  # of a logit, in units of the network
     logit_step: float  # what one code of a logit stands for
     peaks: Peaks
@@ -89,6 +121,7 @@ class Answers:
                 "fake_quant_accuracy": self.fake_quant.value,
                 "difference_points": round(self.points, 4),
                 "other_answers": self.integer.n - self.same,
+                "other_answers_of_float32": self.float32,
                 "largest_logit_difference": self.largest_difference,
                 "logit_step": self.logit_step,
                 "peaks": vars(self.peaks),
@@ -102,14 +135,20 @@ def answers(
     labels: np.ndarray,
     decoded_logits: np.ndarray,
     progress: ProgressCallback | None = None,
+    exact: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Answers:
-    """Run `graph` on every clip of `data` and compare it with `decoded_logits` (see predict_decoded)."""
+    """Run `graph` on every clip of `data` and compare it with `decoded_logits`, those of predict_decoded.
+
+    `exact` (rows -> answers, see float64_answers) is asked for the clips with another answer, to tell rounding errors of
+    float32 from others.
+    """
     watched = _Watched(data, graph.tensors[FEATURES])
     logits = predict_codes(graph, watched, progress)
     step = graph.tensors[LOGITS].scale or 1.0
     name, reach = widest_accumulator(graph)
     bits = reach.bit_length() + 1
     heard, expected = logits.argmax(axis=1), decoded_logits.argmax(axis=1)
+    others = np.flatnonzero(heard != expected)
     return Answers(
         logits=logits,
         integer=accuracy(logits, labels),
@@ -117,6 +156,7 @@ def answers(
         same=int((heard == expected).sum()),
         gained=int(((heard == labels) & (expected != labels)).sum()),
         lost=int(((heard != labels) & (expected == labels)).sum()),
+        float32=None if exact is None else int((exact(others) == heard[others]).sum()),
         largest_difference=float(np.abs(logits * step - decoded_logits).max()),
         logit_step=step,
         peaks=Peaks(reach, bits, name, watched.largest, watched.clipped, int(np.abs(logits).max())),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from kestrel.errors import KestrelError
 from kestrel.lower.tensor import Constant, Shape, Tensor
@@ -385,13 +386,29 @@ def exact_product(x: Array, weight: Constant) -> Array:
     Floating-point products of integers are exact, in any order, while no partial sum leaves the mantissa; they are an
     order of magnitude faster.
     """
-    flat = weight.values.reshape(weight.shape[0], -1)
-    reach = int(np.abs(flat).sum(axis=1).max(initial=0)) * max(int(x.max(initial=0)), -int(x.min(initial=0)))
-    if reach < _EXACT_FLOAT32:
-        return (x.astype(np.float32) @ weight.float32.reshape(flat.shape).T).astype(np.int64)
-    if reach < _EXACT_FLOAT64:
-        return (x.astype(np.float64) @ weight.float64.reshape(flat.shape).T).astype(np.int64)
-    return x @ flat.T
+    outputs = weight.shape[0]
+    reach = weight.reach * max(int(x.max(initial=0)), -int(x.min(initial=0)))
+    rows = x.reshape(-1, x.shape[-1])
+    if reach < _EXACT_FLOAT32 and torch.get_float32_matmul_precision() == "highest":
+        total = _one_thread_product(rows.astype(np.float32), weight.float32.reshape(outputs, -1))
+    elif reach < _EXACT_FLOAT64:
+        total = _one_thread_product(rows.astype(np.float64), weight.float64.reshape(outputs, -1))
+    else:
+        total = rows @ weight.values.reshape(outputs, -1).T
+    return total.reshape(*x.shape[:-1], outputs)
+
+
+def _one_thread_product(x: Array, weight: Array) -> Array:
+    """x [n, in] times weight [out, in], int64 [n, out].
+
+    These products are too small to gain from threads, which on a busy machine mostly wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.mm(torch.from_numpy(x), torch.from_numpy(weight).T).numpy().astype(np.int64)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _plus(total: Array, bias: Constant | None) -> Array:

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
+from torch import Tensor as Real
 
 from kestrel.errors import KestrelError
 from kestrel.lower.block_lstm import lower_block_lstm
 from kestrel.lower.graph import IntegerGraph, Program, calibrated_scale, input_codes
-from kestrel.lower.ops import ArgMax
+from kestrel.lower.network import lower_network
+from kestrel.lower.ops import ArgMax, Reshape
 from kestrel.lower.post import View, lower_post
 from kestrel.lower.tensor import Tensor
 from kestrel.models.block_lstm import BlockLSTM
 from kestrel.models.evaluate import Features, ProgressCallback
+from kestrel.models.inventory import weight_codes
 from kestrel.models.network import Network
 from kestrel.quant.integer import twos_complement
 
@@ -29,29 +33,49 @@ Lowering = Callable[[Program, View, Network, int], str]
 LOWERINGS: dict[type[Network], Lowering] = {BlockLSTM: cast(Lowering, lower_block_lstm)}
 
 
-def lower(spotter: KeywordSpotter, feature_scale: float, weight_bits: int = 8) -> IntegerGraph:
+def lower(
+    spotter: KeywordSpotter, feature_scale: float, weight_bits: int = 8, calibration: np.ndarray | None = None
+) -> IntegerGraph:
     """The integer model of `spotter`: input `features` [T, F] int16, outputs `logits` [C] and `class` [1].
 
     Args:
         feature_scale: real feature = code * feature_scale; see `feature_scale_of`.
         weight_bits: bits of weights that were trained without quantisation.
+        calibration: features [B, T, F] of the training split, from which a network without trained ranges takes them.
 
     Simulated device noise has no part in it. Raises KestrelError where the network has no integer form; the line names
     the setting.
     """
     post = cast("Post", spotter.post)
     lowering = LOWERINGS.get(type(spotter.net))
-    if lowering is None:
-        known = ", ".join(sorted(kind.__name__ for kind in LOWERINGS))
-        raise KestrelError(f"{type(spotter.net).__name__} has no integer form yet: only {known}")
+    if lowering is None and calibration is None:
+        name = type(spotter.net).__name__
+        raise KestrelError(f"{name} has no trained ranges of activations: its integer form needs training features")
     if not post.fitted:
         raise KestrelError("feature.post has no training statistics yet: they come with a checkpoint or from fit")
     graph = IntegerGraph()
     features = Tensor(post.input_shape, *twos_complement(16), feature_scale)
     view = lower_post(graph, post, graph.input(FEATURES, features))
-    graph.output(lowering(graph, view, spotter.net, weight_bits))
+    try:
+        if lowering is not None:
+            logits = lowering(graph, view, spotter.net, weight_bits)
+        else:
+            logits = _calibrated(graph, view, spotter, weight_bits, torch.as_tensor(calibration))
+    except ValueError as error:  # a number that fits no multiplier
+        raise KestrelError(f"{type(spotter.net).__name__} has no integer form: {error}") from error
+    graph.output(logits)
     graph.output(graph.add(ArgMax(inputs=(LOGITS,), outputs=(CLASS,))))
     return graph
+
+
+def _calibrated(graph: IntegerGraph, view: View, spotter: KeywordSpotter, weight_bits: int, features: Real) -> str:
+    """The network by its layers; weights keep the codes that they were trained with."""
+    net = spotter.net
+    net.set_phase("eval")
+    with torch.no_grad():
+        made = lower_network(graph, view, net, spotter.post(features), weight_bits, weight_codes(net, weight_bits))
+    op = Reshape(inputs=(made,), outputs=(LOGITS,), shape=graph.tensors[made].shape)
+    return graph.add(op)
 
 
 def feature_scale_of(data: Features, batch: int = 512) -> float:

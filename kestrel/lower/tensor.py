@@ -105,6 +105,11 @@ class Constant:
         return self.values.shape
 
     @cached_property
+    def reach(self) -> int:
+        """The largest sum of magnitudes over an output (first axis): bounds a product with inputs of magnitude 1."""
+        return int(np.abs(self.values.reshape(len(self.values), -1)).sum(axis=1).max(initial=0))
+
+    @cached_property
     def float32(self) -> np.ndarray:
         """The values as float32, for products that are exact in it."""
         return self.values.astype(np.float32)

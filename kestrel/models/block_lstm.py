@@ -75,8 +75,8 @@ class BlockLSTM(Network):
         method: int = 1,
         gain_blocks: int = 2,
         quant_inp: int | None = 4,
-        quant_actMVM: int | None = 6,  # noqa: N803 - the paper's name
-        quant_actNM: int | None = 8,  # noqa: N803 - the paper's name
+        quant_actMVM: int | None = 6,
+        quant_actNM: int | None = 8,
         quant_w: int | None = None,
         weight_range: Literal["real", "paper"] = "real",
         max_w: float = 0.2,

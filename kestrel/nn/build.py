@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -50,8 +49,8 @@ def find() -> Path | None:
 
 def compiler() -> str | None:
     """The C++ compiler: CXX, else c++, g++ or clang++."""
-    named = os.environ.get("CXX")
-    return next((found for name in ([named] if named else ["c++", "g++", "clang++"]) if (found := shutil.which(name))), None)
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def _exports_sgemm(folder: Path) -> bool:
@@ -59,45 +58,58 @@ def _exports_sgemm(folder: Path) -> bool:
     return any(hasattr(ctypes.CDLL(str(path)), "sgemm_") for path in folder.glob("libtorch_cpu.*"))
 
 
-def _command(cxx: str, output: Path, openmp: bool) -> list[str]:
+def _command(cxx: str, output: Path, options: tuple[str, ...]) -> list[str]:
     root = Path(torch.__file__).parent
-    macos = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    macos = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
     abi = int(torch.compiled_with_cxx11_abi())
-    blas = ["-DKESTREL_SGEMM"] if _exports_sgemm(root / "lib") else []
+    include, lib = root / "include", root / "lib"
     return [
-        *(cxx, *FLAGS, *(["-fopenmp"] if openmp else []), *blas, *macos, f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
-        *(f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"),
-        *(str(SOURCE), "-o", str(output), f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"),
+        *(cxx, *FLAGS, *options, *macos, f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
+        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}", str(SOURCE), "-o", str(output)),
+        *(f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-lc10"),
     ]
 
 
-def build(folder: Path | None = None) -> Path:
+def _compile(cxx: str, output: Path, options: tuple[str, ...]) -> None:
+    for openmp in (("-fopenmp",), ()):  # some compilers come without OpenMP
+        command = _command(cxx, output, (*options, *openmp))
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KestrelError(f"{cxx} failed: {error}") from None
+        if run.returncode == 0:
+            break
+    else:
+        lines = [line for line in run.stderr.splitlines() if "error" in line.lower()] or run.stderr.splitlines()
+        raise KestrelError(f"{cxx} failed: {(lines or ['no message'])[0].strip()}")
+    try:
+        ctypes.CDLL(str(output))
+    except OSError as error:
+        raise KestrelError(f"the library does not load: {error}") from None
+
+
+def build(folder: Path | None = None, options: tuple[str, ...] | None = None) -> Path:
     """Compile the library into `folder` (default: the first cache folder that can be written) and return its path.
 
-    Raises KestrelError, in one line, where there is no compiler or it fails.
+    `options` replaces the compiler options that depend on this machine. Raises KestrelError, in one line, where there is
+    no compiler, it fails, or no folder can be written.
     """
     cxx = compiler()
     if cxx is None:
         raise KestrelError("no C++ compiler (install g++ or set CXX)")
+    if options is None:
+        options = ("-DKESTREL_SGEMM",) if _exports_sgemm(Path(torch.__file__).parent / "lib") else ()
     for place in [folder] if folder else cache_folders():
         try:
+            place.mkdir(parents=True, exist_ok=True)
+            writable = os.access(place, os.W_OK)
+        except OSError:
+            writable = False
+        if writable:
             with atomic_path(place / LIBRARY) as temporary:
-                for openmp in (True, False):  # some compilers come without OpenMP
-                    command = _command(cxx, temporary, openmp)
-                    run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-                    if run.returncode == 0:
-                        break
-                else:
-                    errors = [line for line in run.stderr.splitlines() if "error" in line.lower()] or [run.stderr[-200:]]
-                    raise KestrelError(f"{shlex.join(command[:1])} failed: {errors[0].strip()}")
+                _compile(cxx, temporary, options)
             return place / LIBRARY
-        except (OSError, KestrelError) as error:
-            if isinstance(error, KestrelError) and "failed" in str(error):
-                raise
-            problem = error
-        except subprocess.TimeoutExpired:
-            raise KestrelError(f"{cxx} failed: no result after {_SECONDS} s") from None
-    raise KestrelError(f"cannot write the library ({problem})")
+    raise KestrelError(f"cannot write {cache_folders()[-1]}")
 
 
 def main() -> int:
@@ -107,7 +119,7 @@ def main() -> int:
         known = find()
         path = known or build()
         print(f"native LSTM: {'ready' if known else f'built in {time.perf_counter() - start:.0f} s'} ({path.parent})")
-    except KestrelError as error:
+    except (KestrelError, OSError) as error:
         print(f"native LSTM: not built, the pure PyTorch path will be used ({error})")
     return 0
 

@@ -8,19 +8,24 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import os
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kestrel.errors import KestrelError
 from kestrel.nn import build
 from kestrel.nn.cell import RANGES, ROW, Cell
 from kestrel.quant.quantiser import round_to_level
 
+_LOG = logging.getLogger("kestrel")
 _MAX_KEPT_BUFFERS = 4  # of one size; more forward passes are rarely alive at a time
 _ALIGNMENT = 64  # bytes of a cache line
+_CHUNK = 2  # time steps whose weight gradients are summed by one matrix product
 
 
 class Problem(ctypes.Structure):
@@ -37,28 +42,38 @@ class Problem(ctypes.Structure):
     ]
 
 
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a built library and declare its functions. Raises OSError."""
+    library = ctypes.CDLL(str(path))
+    problem = ctypes.POINTER(Problem)
+    for name in ("saved_bytes", "scratch_bytes"):
+        function = getattr(library, f"kestrel_{name}")
+        function.argtypes, function.restype = [problem], ctypes.c_int64
+    for name in ("forward", "backward"):
+        function = getattr(library, f"kestrel_{name}")
+        function.argtypes, function.restype = [problem], None
+    library.kestrel_noise.argtypes = [problem, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    library.kestrel_noise.restype = None
+    return library
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     path = build.find()
     if path is None:
-        logging.getLogger("kestrel").info(
-            "the native LSTM is not built: using the slower PyTorch path (python -m kestrel.nn.build builds it)"
-        )
+        _LOG.info("the native LSTM is not built: using the slower PyTorch path (python -m kestrel.nn.build builds it)")
         return None
     try:
-        library = ctypes.CDLL(str(path))
+        return open_library(path)
     except OSError as error:
-        logging.getLogger("kestrel").warning("cannot load the native LSTM (%s): using the slower PyTorch path", error)
+        _LOG.warning("cannot load the native LSTM (%s): using the slower PyTorch path", error)
         return None
-    pointer = ctypes.POINTER(Problem)
-    for name, result in (("saved_bytes", ctypes.c_int64), ("scratch_bytes", ctypes.c_int64)):
-        function = getattr(library, f"kestrel_{name}")
-        function.argtypes, function.restype = [pointer], result
-    for name in ("forward", "backward"):
-        function = getattr(library, f"kestrel_{name}")
-        function.argtypes, function.restype = [pointer], None
-    library.kestrel_noise.argtypes = [pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    library.kestrel_noise.restype = None
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    if library is None:
+        raise KestrelError("the native LSTM is not built: run python -m kestrel.nn.build")
     return library
 
 
@@ -87,19 +102,14 @@ class _Buffer:
         if len(free) < _MAX_KEPT_BUFFERS:
             free.append(self.memory)
 
-    @classmethod
-    def release_unused(cls) -> None:
-        """Give the memory of idle buffers back."""
-        cls._free.clear()
-
 
 def slices_of(blocks: int, batch: int) -> int:
-    """Slices of the batch per block: at least four even tasks, of at least eight clips each.
+    """Slices of the batch per block: at least four tasks, an even number of them, of 8 to 128 clips each.
 
     It must not depend on the number of threads, or else the order of sums would.
     """
-    wanted = {1: 4, 2: 2, 3: 2}.get(blocks, 1 + blocks % 2)
-    return max(1, min(wanted, batch // 8))
+    tasks = {1: 4, 2: 2, 3: 2}.get(blocks, 1 + blocks % 2)
+    return max(1, min(tasks, batch // 8), math.ceil(batch / 128))
 
 
 def _tables(cell: Cell) -> Tensor:
@@ -133,7 +143,7 @@ def _problem(x: Tensor, cell: Cell, deviation: float, seed: int, keep: bool) -> 
         input=width,
         hidden=hidden,
         slices=slices_of(blocks, batch),
-        chunk=CHUNK,
+        chunk=_CHUNK,
         inp_bits=cell.bits.inp or 0,
         mvm_bits=cell.bits.mvm or 0,
         nm_bits=cell.bits.nm or 0,
@@ -143,14 +153,10 @@ def _problem(x: Tensor, cell: Cell, deviation: float, seed: int, keep: bool) -> 
     )
 
 
-CHUNK = 2  # time steps whose weight gradients are summed by one matrix product
-
-
 class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_ih, w_hh, b_ih, b_hh, ranges, cell: Cell, deviation: float, seed: int, keep: bool):
-        library = _load()
-        assert library is not None
+        library = _library()
         device = cell.device
         back_ih, back_hh = device.clamped(w_ih, b_ih)[0], device.clamped(w_hh, b_hh)[0]
         front_ih, bias_ih = device.stored(w_ih, b_ih)
@@ -174,14 +180,12 @@ class _Sequence(torch.autograd.Function):
         if keep:
             # Everything here is detached, so keeping it on ctx makes no reference cycle.
             ctx.problem, ctx.held, ctx.saved, ctx.mask = problem, held, saved, cell.mask
-            ctx.versions = x._version
         return h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        library = _load()
-        assert library is not None
+        library = _library()
         problem, held = ctx.problem, ctx.held
         grad = grad.contiguous()
         scratch = _Buffer(library.kestrel_scratch_bytes(problem))
@@ -221,8 +225,7 @@ def native_lstm(x: Tensor, cell: Cell, deviation: float = 0.0, seed: int | None 
 
 def native_noise(x: Tensor, cell: Cell, deviation: float, seed: int, product: str, step: int) -> tuple[Tensor, Tensor]:
     """The noise of a forward pass over `x`, on the weights and biases of product `ih` or `hh` at time step `step`."""
-    library = _load()
-    assert library is not None
+    library = _library()
     problem = _problem(x, cell, deviation, seed, False)
     weight, bias = {"ih": (cell.w_ih, cell.b_ih), "hh": (cell.w_hh, cell.b_hh)}[product]
     noise = torch.empty(weight.shape[0], weight.shape[1] + 1, weight.shape[2])
@@ -233,7 +236,6 @@ def native_noise(x: Tensor, cell: Cell, deviation: float, seed: int, product: st
 
 def memory(x: Tensor, cell: Cell) -> tuple[int, int]:
     """Bytes that a forward pass keeps for its backward pass, and bytes of scratch memory."""
-    library = _load()
-    assert library is not None
+    library = _library()
     problem = _problem(x, cell, 1.0, 0, True)
     return library.kestrel_saved_bytes(problem), library.kestrel_scratch_bytes(problem)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kestrel.nn import native
 from kestrel.nn.cell import RANGES, ROW, Bits, Cell, plain_lstm
 from kestrel.nn.crossbar import Device, crossbar, draw_noise, uniform
+from kestrel.nn.fused import fused_lstm
 from kestrel.quant.quantiser import MIN_RANGE, clip_quantise, plain_ops
 
 
@@ -48,7 +49,7 @@ class QuantLSTM(nn.Module):
         if noise > 0:
             weights = {"ih": (self.w_ih, self.b_ih), "hh": (self.w_hh, self.b_hh)}
             cell.noise = lambda name, step: draw_noise(*weights[name], deviation)
-        return plain_lstm(x, cell)
+        return plain_lstm(x, cell) if plain_ops() else fused_lstm(x, cell)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -22,6 +22,7 @@ from kestrel.pipeline.console import duration, setup_logging
 from kestrel.pipeline.stages import BY_NAME, Run, Status, begin, finish, outdated_inputs, status
 from kestrel.store.atomic import remove_stale
 from kestrel.store.lock import lock
+from kestrel.train.signals import StopFlag
 
 log = logging.getLogger("kestrel")
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,11 +46,15 @@ def exit_code(error: BaseException) -> int:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Leave on SIGTERM as on an error, so that locks and temporary files go (training takes over while it runs)."""
-    if os.getpid() == _MAIN:
-        log.error("stopped by %s", signal.Signals(number).name)
-        sys.exit(128 + number)
-    os._exit(128 + number)  # a forked worker
+    """Leave on a signal as on an error, so that locks and temporary files go (training takes over while it runs)."""
+    if StopFlag.asked:
+        return  # the second of two signals, one of them passed on by run.sh: the state is saved already
+    if os.getpid() != _MAIN:
+        os._exit(128 + number)  # a forked worker
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    log.error("stopped by %s", signal.Signals(number).name)
+    sys.exit(128 + number)
 
 
 def open_run(exp: str, nproc: int = 1, force: bool = False) -> Run:
@@ -124,10 +129,8 @@ def main(stage: str, body: Body) -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)  # paths in config.yaml are relative to the root of the repository
     setup_logging()
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # run.sh starts steps in the background, where it is ignored
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # run.sh starts steps with SIGINT ignored
+        signal.signal(number, _end)
     try:
         run = open_run(arguments.exp, arguments.nproc, arguments.force)
         setup_logging(run.exp / "log" / f"{stage}.log")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from kestrel import recipe as recipes
 from kestrel.errors import KestrelError
 from kestrel.pipeline.console import progress
-from kestrel.pipeline.stages import SPLITS, Run, Status, done_file
+from kestrel.pipeline.launch import run_processes
+from kestrel.pipeline.stages import SPLITS, Run, Status, done_file, started_file
 from kestrel.settings import load_yaml, to_dict
 from kestrel.store.atomic import read_json, remove_stale, write_json
 from kestrel.store.hashing import sha256_file, sha256_json
@@ -146,32 +147,44 @@ def training_split(run: Run) -> Split:
     return Split(AudioFile(run.packs / "train.h5"), frontend=Frontend(config.frontend), augmenter=augmenter, **batches)
 
 
-def train_stage(run: Run, stage: Literal["pretrain", "retrain"], status: Status) -> tuple[list[str], tuple[str, ...]]:
-    """Train one stage; retraining starts from the best weights of pretraining."""
+def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
+    """Train one stage in this process (one of several where WORLD_SIZE says so); it was begun before.
+
+    Retraining starts from the best weights of pretraining.
+    """
     import torch
 
     from kestrel.store.checkpoint import load
     from kestrel.train.data import Split
     from kestrel.train.loop import Job, train
+    from kestrel.train.signals import StopFlag
 
     config = run.config
-    validation_file = feature_file(run, "validation")
-    feature_shape = (validation_file.shape[1], validation_file.shape[2])
-    spotter = build_spotter(run, feature_shape)
-    if stage == "retrain":
-        start = load(run.out("pretrain") / "best.pt")
-        spotter.load_state_dict(start["model"])
-    else:
-        with feature_file(run, "train") as file:
-            spotter.post.fit(torch.from_numpy(batch) for batch in file.iterate())
-    phase = config.train if stage == "pretrain" else config.retrain
-    assert phase is not None
-    settings = {key: value for key, value in status.settings.items() if key != "train"}
-    who = identity(run, validation_file, sha256_json([settings, status.inputs]))
-    job = Job(stage=stage, phase=phase, train=config.train, seed=config.seed, out_dir=run.out(stage), identity=who)
-    held_out = Split(validation_file, batch_size=config.train.eval_batch_size)
-    result = train(job, spotter, training_split(run), held_out, progress=progress(stage))
+    with StopFlag() as stop:
+        validation_file = feature_file(run, "validation")
+        spotter = build_spotter(run, (validation_file.shape[1], validation_file.shape[2]))
+        if stage == "retrain":
+            spotter.load_state_dict(load(run.out("pretrain") / "best.pt")["model"])
+        else:
+            with feature_file(run, "train") as file:
+                spotter.post.fit(torch.from_numpy(batch) for batch in file.iterate())
+        phase = config.train if stage == "pretrain" else config.retrain
+        assert phase is not None
+        begun = read_json(started_file(run.out(stage)))
+        settings = {key: value for key, value in begun["settings"].items() if key != "train"}
+        who = identity(run, validation_file, sha256_json([settings, begun["inputs"]]))
+        job = Job(stage=stage, phase=phase, train=config.train, seed=config.seed, out_dir=run.out(stage), identity=who)
+        held_out = Split(validation_file, batch_size=config.train.eval_batch_size)
+        result = train(job, spotter, training_split(run), held_out, progress=progress(stage), stop=stop)
     log.info("best validation accuracy %.2f %% (%s)", 100 * result.best_accuracy, result.best.relative_to(run.root))
+
+
+def train_stage(run: Run, stage: Literal["pretrain", "retrain"]) -> tuple[list[str], tuple[str, ...]]:
+    """Train one stage, in `train.processes` processes."""
+    if run.config.train.processes > 1:
+        run_processes(run, stage, run.config.train.processes)
+    else:
+        train_here(run, stage)
     return ["best.pt", "metrics.csv", "curves.png", "last.pt", "time.json"], ("last.pt", "time.json", "curves.png")
 
 
@@ -242,6 +255,16 @@ def _scored_identity(run: Run, who: dict[str, Any], file: FeatureFile) -> dict[s
     }
 
 
+def _feature_scale(run: Run) -> float | None:
+    """Scale of the integer model's feature codes, from the validation split; None where a given folder has none."""
+    from kestrel.lower.spotter import feature_scale_of
+
+    if not (run.features / "validation.h5").exists():
+        return None
+    with feature_file(run, "validation") as file:
+        return feature_scale_of(file)
+
+
 def score_stage(run: Run) -> list[str]:
     """Score the checkpoint on the split of `score.split`."""
     from kestrel.score.run import score
@@ -259,6 +282,7 @@ def score_stage(run: Run) -> list[str]:
             seed=config.seed,
             chip=config.score.chip,
             batch_size=config.train.eval_batch_size,
+            feature_scale=_feature_scale(run),
             analog_bits=config.export.weight_bits,
             metrics_csv=[(stage, csv) for stage, csv in curves if csv.exists() and config.checkpoint is None],
             provenance=_provenance(run, path),
@@ -269,6 +293,14 @@ def score_stage(run: Run) -> list[str]:
         "%s accuracy %.2f %% of %d clips (95 %% interval %.2f to %.2f), protocol %s",
         config.score.split, 100 * result["accuracy"], result["n"], 100 * low, 100 * high, config.protocol_name,
     )  # fmt: skip
+    if "integer_accuracy" in result:
+        compared = result["integer"]
+        log.info(
+            "integer model %.2f %%, fake-quant with the same weight codes %.2f %% (both without device noise)",
+            100 * result["integer_accuracy"], 100 * compared["fake_quant_accuracy"],
+        )  # fmt: skip
+    else:
+        log.info("not scored in integers: %s", result["integer_obstacle"])
     return sorted(path.name for path in run.out("score").iterdir() if not path.name.startswith("."))
 
 
@@ -289,7 +321,10 @@ def export_stage(run: Run) -> list[str]:
             chip=config.score.chip,
             batch_size=config.train.eval_batch_size,
             settings=config.export,
+            feature_scale=_feature_scale(run),
             provenance=_provenance(run, path),
             progress=progress("export"),
         )
-    return sorted(path.name for path in run.out("export").iterdir() if not path.name.startswith("."))
+    folder = run.out("export")
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in found if not path.name.startswith("."))

@@ -84,28 +84,33 @@ def from_real(ratio: float) -> tuple[int, int]:
     return multipliers[0], shift
 
 
+def few_digits(multiplier: int, terms: int) -> int:
+    """The multiplier as a sum of at most `terms` signed powers of two, relative error <= 3^-terms.
+
+    Each term is the power of two nearest to what is left, which leaves at most a third of it.
+    """
+    found, rest = 0, multiplier
+    for _ in range(terms):
+        if not rest:
+            break
+        below = 1 << (abs(rest).bit_length() - 1)
+        power = 2 * below if 2 * abs(rest) > 3 * below else below
+        found += power if rest > 0 else -power
+        rest = multiplier - found
+    return found
+
+
 def shift_add(ratio: float, terms: int) -> tuple[int, int]:
     """Multiplier and shift like `from_real`, but the multiplier is a sum of at most `terms` signed powers of two.
 
-    A product with it is `terms` shifts and additions. Each term is the power of two nearest to what is left, which
-    leaves at most a third of it: relative error <= 3^-terms, or 2^-29 where that is larger (then 31 bits are full).
+    A product with it is `terms` shifts and additions. Relative error <= 3^-terms + 2^-30.
     """
     if terms < 1:
         raise ValueError("a shift-add multiplier has at least one term")
-    powers: list[tuple[int, int]] = []  # (sign, exponent)
-    rest = ratio
-    while rest and len(powers) < terms:
-        fraction, exponent = math.frexp(abs(rest))  # fraction in [0.5, 1)
-        power = exponent if fraction > 0.75 else exponent - 1
-        if power < -MAX_SHIFT or (powers and power <= powers[0][1] - MULTIPLIER_BITS + 1):
-            break
-        sign = 1 if rest > 0 else -1
-        powers.append((sign, power))
-        rest -= sign * math.ldexp(1.0, power)
-    if not powers:
-        return 0, 0
-    shift = max(0, -min(power for _, power in powers))
-    multiplier = sum(sign * (1 << (power + shift)) for sign, power in powers)
+    multiplier, shift = from_real(ratio)
+    multiplier = few_digits(multiplier, terms)
+    while shift > 0 and multiplier % 2 == 0 and multiplier:
+        multiplier, shift = multiplier // 2, shift - 1
     if abs(multiplier) >= 1 << MULTIPLIER_BITS:
         raise ValueError(f"ratio {ratio:g} does not fit a multiplier of {MULTIPLIER_BITS} bits")
     return multiplier, shift

@@ -32,10 +32,10 @@ def round_to_level(x: Tensor, bits: int | None, limit: Tensor | float) -> Tensor
     if bits is None:
         return x
     half = 2 ** (bits - 1)
-    bound = 1 - 1 / half
-    # Order of operations matters: x / r first gives exact halves where x lies on a finer grid of the same range,
-    # as the hidden state does, so that ties are resolved to even and not by rounding errors.
-    return (x / limit).clamp(-bound, bound).mul(half).round().mul(1 / half).mul(limit)
+    # Scaling by a power of two is exact, so this is r round(clamp(x / r) 2^(b-1)) / 2^(b-1) bit for bit. Divide: a
+    # multiplication by 1 / step would move ties, which are common where x lies on a finer grid of the same range.
+    step = limit * (1 / half)
+    return (x / step).clamp(1 - half, half - 1).round() * step
 
 
 class _StraightThrough(torch.autograd.Function):

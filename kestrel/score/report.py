@@ -152,13 +152,25 @@ def _row(right: Accuracy) -> tuple[str | None, str, str]:
 
 
 def _explanation(found: Answers) -> str:
-    if abs(found.points) <= ALLOWED_POINTS:
-        return "What remains is float32, which rounds before a quantiser does."
-    return (
-        f"That is more than {ALLOWED_POINTS:g} points: {found.gained:,} clips are right in integers alone, {found.lost:,} "
-        f"in the fake-quant network alone, and one clip is {100 / found.integer.n:.2f} points here. Their answers hang on "
-        "signals that lie half-way between two codes, where float32 and integers may round differently."
+    """Where other answers come from, and what a large difference is made of."""
+    others = found.integer.n - found.same
+    text = (
+        f"Of the {others:,} other answers {found.float32:,} are rounding errors of float32: computed in float64 from the "
+        "same feature codes, the fake-quant network answers as the integer model does. "
+        if others and found.float32 is not None
+        else ""
     )
+    if found.float32 is not None and others > found.float32:
+        text += (
+            f"For {others - found.float32:,} the integer model itself rounds otherwise: features have 16 bits in it, and "
+            "their post-processing and wide tables are integers, too. "
+        )
+    if abs(found.points) > ALLOWED_POINTS:
+        text += (
+            f"The difference is more than {ALLOWED_POINTS:g} points: {found.gained:,} clips are right in integers alone, "
+            f"{found.lost:,} in the fake-quant network alone, and one clip is {100 / found.integer.n:.2f} points here."
+        )
+    return text.strip()
 
 
 def _classes(result: Mapping[str, Any]) -> str:

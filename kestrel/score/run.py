@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kestrel.errors import KestrelError
-from kestrel.lower.answers import Answers, answers, lowered, predict_decoded
+from kestrel.lower.answers import Answers, answers, float64_answers, lowered, predict_decoded
 from kestrel.models.evaluate import (
     Passes,
     ProgressCallback,
@@ -47,7 +48,7 @@ def score(
     chip: int,
     batch_size: int,
     provenance: Mapping[str, Any],
-    feature_scale: float,
+    feature_scale: float | None,
     analog_bits: int = 8,
     metrics_csv: Sequence[tuple[str, Path]] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -63,7 +64,8 @@ def score(
         split: name of the split that `data` holds.
         seed, chip: key of the noise drawn in evaluation; with the same `batch_size` every scoring gives the same files.
         provenance: checkpoint_sha256, git_commit, git_dirty, torch, device, train_seconds, command (PROVENANCE).
-        feature_scale: scale of the integer model's feature codes (kestrel.lower.spotter.feature_scale_of).
+        feature_scale: scale of the integer model's feature codes (kestrel.lower.spotter.feature_scale_of); None where it
+            is not known, which leaves the integer model out.
         analog_bits: bits at which weights that were trained without quantisation are stored.
         metrics_csv: (stage, its metrics.csv) in the order of training, for the curves.
         extra: further entries of result.json, such as energy_uj.
@@ -85,7 +87,8 @@ def score(
     integer: Answers | None = None
     if graph is not None:
         decoded = predict_decoded(spotter, data, analog_bits, batch_size, passes.next())
-        integer = answers(graph, data, labels, decoded, passes.next())
+        exact = functools.partial(float64_answers, spotter, graph, data, weight_bits=analog_bits)
+        integer = answers(graph, data, labels, decoded, passes.next(), exact)
     result = {
         **{key: identity[key] for key in ("recipe", "variant", "tag", "seed")},
         "protocol": {key: data.protocol[key] for key in ("name", "hash")},

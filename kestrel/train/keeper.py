@@ -10,7 +10,7 @@ from typing import Any
 
 from kestrel.errors import KestrelError
 from kestrel.store import checkpoint
-from kestrel.store.atomic import disk_error, read_json, write_json
+from kestrel.store.atomic import disk_error, read_json, remove_stale, write_json
 
 BEST, LAST, TIME, NONFINITE = "best.pt", "last.pt", "time.json", "nonfinite.pt"
 Standing = tuple[int, float]  # (correct validation clips, -validation loss): larger is better
@@ -20,6 +20,15 @@ NOTHING: Standing = (-1, -math.inf)
 def standing(correct: int, loss: float) -> Standing:
     """What candidates are compared by: accuracy, then lower loss."""
     return correct, -loss
+
+
+def prepare_folder(out_dir: Path) -> None:
+    """Make the folder and remove what a killed save left in it. Raises KestrelError where it cannot be written."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        remove_stale(out_dir)
+    except OSError as error:
+        raise disk_error(out_dir, error) from None
 
 
 def load_resumable(out_dir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -52,7 +61,6 @@ class Keeper:
 
     def __init__(self, out_dir: Path, identity: dict[str, Any], log: logging.Logger) -> None:
         self.out_dir, self.identity, self.log = out_dir, identity, log
-        out_dir.mkdir(parents=True, exist_ok=True)
         self.best, self.last = out_dir / BEST, out_dir / LAST
         self._pending: dict[str, Any] | None = None
         self._failures: dict[str, KestrelError] = {}
@@ -89,13 +97,16 @@ class Keeper:
         """Write the file `name`. A failure is raised where there is no last.pt yet, else logged and remembered."""
         try:
             write()
-            self._failures.pop(name, None)
+            if self._failures.pop(name, None) is not None:
+                self.log.info("%s is written again", name)
         except (KestrelError, OSError) as error:
             failure = error if isinstance(error, KestrelError) else disk_error(self.out_dir / name, error)
+            said = name in self._failures
             self._failures[name] = failure
             if not self.last.exists():
                 raise failure from None
-            self.log.error("%s (training goes on, the older file is kept, the next save tries again)", failure)
+            if not said:
+                self.log.error("%s (training goes on with the older file, each save tries again)", failure)
 
     def raise_failure(self) -> None:
         """Raise what a file's last write failed with, if one did."""
@@ -106,7 +117,7 @@ class Keeper:
         """Write nonfinite.pt for a look at what went wrong; None where even that fails."""
         try:
             checkpoint.save(self.out_dir / NONFINITE, {**content, "identity": self.identity})
-        except KestrelError as error:
+        except (KestrelError, OSError) as error:
             self.log.error("%s", error)
             return None
         return self.out_dir / NONFINITE

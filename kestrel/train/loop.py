@@ -21,23 +21,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from kestrel.errors import KestrelError, RunAgain
-from kestrel.models.evaluate import evaluation_noise
 from kestrel.models.spotter import KeywordSpotter
 from kestrel.store import checkpoint
-from kestrel.store.atomic import remove_stale
 from kestrel.train.curves import draw_curves
 from kestrel.train.data import Batch, Split
 from kestrel.train.device import choose_device, seed_generator
 from kestrel.train.history import Row, Running, write_metrics
-from kestrel.train.keeper import BEST, LAST, NOTHING, Keeper, Standing, load_resumable, standing
+from kestrel.train.keeper import BEST, LAST, NOTHING, Keeper, Standing, load_resumable, prepare_folder, standing
+from kestrel.train.optimizer import make_optimizer
 from kestrel.train.ranks import Ranks
 from kestrel.train.schedule import phase_steps, schedule
 from kestrel.train.signals import StopFlag
 from kestrel.train.spec import PhaseSpec, TrainSpec
+from kestrel.train.validation import Evaluation, evaluate
 
 METRICS, CURVES = "metrics.csv", "curves.png"
 CURVES_SECONDS = 30.0  # least time between two drawings of the curves
-VALIDATION_CHIP = 0  # every validation meets the same noise, so that candidates differ by their weights alone
 _SHOWN = 5  # utterance ids in an error
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -76,61 +75,6 @@ class Result:
     best_loss: float
     steps: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Sums over the clips of a split."""
-
-    clips: int
-    correct: int
-    loss_sum: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of correct clips, 0-1."""
-        return self.correct / self.clips
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy of a clip, in nats."""
-        return self.loss_sum / self.clips
-
-
-def evaluate(
-    spotter: KeywordSpotter, split: Split, seed: int, device: torch.device, stop: StopFlag | None = None
-) -> Evaluation | None:
-    """Accuracy and cross-entropy of `spotter` in the evaluation phase; None where `stop` was set meanwhile.
-
-    Leaves the spotter in the evaluation phase and the random generators as they were.
-    """
-    spotter.eval()
-    spotter.net.set_phase("eval")
-    clips = correct = 0
-    loss_sum = 0.0
-    with (
-        contextlib.closing(split.batches()) as batches,
-        torch.no_grad(),
-        evaluation_noise(seed, VALIDATION_CHIP, device),
-    ):
-        for batch in batches:
-            if stop:
-                return None
-            logits = spotter(batch.features)  # [B, T, F] -> [B, C]
-            loss_sum += float(functional.cross_entropy(logits, batch.labels, reduction="sum"))
-            correct += int((logits.argmax(1) == batch.labels).sum())
-            clips += len(batch.labels)
-    return Evaluation(clips, correct, loss_sum)
-
-
-def make_optimizer(phase: PhaseSpec, parameters: list[Tensor], device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser of a phase; its learning rate is set before each update."""
-    fused = True if device.type in ("cpu", "cuda") else None
-    rate, decay = phase.lr[0], phase.weight_decay
-    if phase.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=phase.momentum, weight_decay=decay, fused=fused)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[phase.optimizer]
-    return kind(parameters, lr=rate, weight_decay=decay, fused=fused)
 
 
 def train(
@@ -235,9 +179,7 @@ class _Training:
     def restore(self) -> None:
         """Continue from last.pt, or begin."""
         job = self.job
-        if self.ranks.first:
-            job.out_dir.mkdir(parents=True, exist_ok=True)
-            remove_stale(job.out_dir)
+        self.ranks.on_first(lambda: prepare_folder(job.out_dir))
         state = self.ranks.on_first(lambda: load_resumable(job.out_dir, job.identity))
         if self.ranks.first:
             self.keeper = Keeper(job.out_dir, job.identity, self.log)

@@ -19,6 +19,8 @@ class StopFlag:
     the same flag may be entered again inside. Off the main thread, where Python allows no handlers, `set` still works.
     """
 
+    asked = False  # whether a stop was asked of any flag of this process: it is about to end
+
     def __init__(self) -> None:
         self.signal: str | None = None
         self._old: dict[int, object] = {}
@@ -30,6 +32,7 @@ class StopFlag:
     def set(self, name: str) -> None:
         """Ask for a stop; `name` says who asked."""
         self.signal = self.signal or name
+        StopFlag.asked = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.set(signal.Signals(number).name)

@@ -35,5 +35,6 @@ class TrainSpec(PhaseSpec):
     eval_batch_size: int = setting(500, "clips of a batch in validation and scoring", min=1)
     workers: int = setting(0, "loader processes; 0 = load in the training process", min=0, max=256)
     threads: int | None = setting(None, "torch threads; null = one per core", min=1)
+    processes: int = setting(1, "training processes on this machine, one per GPU", min=1, max=64)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
     save_minutes: float = setting(5.0, "minutes between checkpoints inside an epoch", min=0)

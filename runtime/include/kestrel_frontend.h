@@ -26,13 +26,12 @@ extern "C" {
 typedef struct {
     int32_t spectrum[2 * KFE_STORED_BINS]; /* real and imaginary parts */
 #if KFE_DENSE
-    int32_t even[KFE_PAIRS]; /* sums and differences of the samples on both sides of the window's middle */
-    int32_t odd[KFE_PAIRS];
+    int32_t folded[2 * KFE_PAIRS]; /* sums and differences of the samples on both sides of the window's middle */
 #endif
-    int32_t blocks;                /* blocks received, up to KFE_DELAY */
-    int32_t tail;                  /* samples made up after the end of a clip */
-    int16_t history[KFE_HISTORY];  /* latest samples; a frame starts with the first */
-    int16_t logs[KFE_BANDS];       /* latest frame: log2 of the filters' outputs, times 2^KFE_LOG_BITS */
+    int32_t blocks;               /* blocks received, up to KFE_DELAY */
+    int32_t tail;                 /* samples made up after the end of a clip */
+    int16_t history[KFE_HISTORY]; /* latest samples; a frame starts with the first */
+    int16_t logs[KFE_BANDS];      /* latest frame: log2 of the filters' outputs, times 2^KFE_LOG_BITS */
 } kestrel_frontend;
 
 /* Start of a clip or of a stream. */

@@ -21,6 +21,12 @@ static inline int64_t shift_right(int64_t x, int bits)
     return bits > 0 ? (x + ((int64_t)1 << (bits - 1))) >> bits : x * ((int64_t)1 << -bits);
 }
 
+/* The same within 32 bits, for |x| < 2^31 - 2^bits: windowed samples and spectra. */
+static inline int32_t shift_right_32(int32_t x, int bits)
+{
+    return bits > 0 ? (x + ((int32_t)1 << (bits - 1))) >> bits : x * ((int32_t)1 << -bits);
+}
+
 static inline int16_t saturate16(int64_t x)
 {
     return (int16_t)(x > 32767 ? 32767 : x < -32768 ? -32768 : x);
@@ -94,18 +100,18 @@ static int spectrum(kestrel_frontend *fe, const int16_t *frame)
     }
     shift = frame_shift(largest);
     for (pair = 0; pair < KFE_PAIRS; pair++) {
-        fe->even[pair] = (int32_t)shift_right(even_part(frame, pair), shift);
-        fe->odd[pair] = (int32_t)shift_right(odd_part(frame, pair), shift);
+        fe->folded[2 * pair] = shift_right_32(even_part(frame, pair), shift);
+        fe->folded[2 * pair + 1] = shift_right_32(odd_part(frame, pair), shift);
     }
     for (bin = KFE_LOW_BIN; bin <= KFE_HIGH_BIN; bin++) {
-        int64_t real = 0, imaginary = 0;
-        int32_t index = (int32_t)((int64_t)KFE_START * bin % KFE_N_FFT);
+        const int16_t *const end = kfe_wave + 2 * KFE_N_FFT, *wave = kfe_wave + 2 * (KFE_START * bin % KFE_N_FFT);
+        const int32_t *folded = fe->folded;
         int32_t *out = fe->spectrum + 2 * (bin - KFE_STORED_FROM);
-        for (pair = 0; pair < KFE_PAIRS; pair++) {
-            real += (int64_t)fe->even[pair] * kfe_cosine[index];
-            imaginary += (int64_t)fe->odd[pair] * kfe_sine[index];
-            index += bin;
-            index -= index >= KFE_N_FFT ? KFE_N_FFT : 0;
+        int64_t real = 0, imaginary = 0;
+        for (pair = 0; pair < KFE_PAIRS; pair++, folded += 2) {
+            real += (int64_t)folded[0] * wave[0];
+            imaginary += (int64_t)folded[1] * wave[1];
+            wave += wave < end - 2 * bin ? 2 * bin : 2 * (bin - KFE_N_FFT);
         }
         out[0] = (int32_t)shift_right(real, KFE_OUTPUT_SHIFT);
         out[1] = (int32_t)shift_right(imaginary, KFE_OUTPUT_SHIFT);
@@ -157,26 +163,38 @@ static void join_4(int32_t *a, int stride)
 #endif
 
 #if KFE_RADIX_ODD
-/* radix 3, 5 or 7 by the definition of the transform */
+/* radix 3, 5 or 7 by the definition of the transform; mirrored inputs and outputs share their products */
 static void join_odd(int32_t *a, int stride, int radix)
 {
-    int32_t in[2 * KFE_RADIX_ODD];
+    enum { LARGEST_HALF = KFE_RADIX_ODD / 2 };
+    int32_t sum[2 * LARGEST_HALF], difference[2 * LARGEST_HALF];
+    const int32_t first_re = a[0], first_im = a[1];
+    const int half = radix / 2;
     int target, part;
-    for (part = 0; part < radix; part++) {
-        in[2 * part] = a[part * stride];
-        in[2 * part + 1] = a[part * stride + 1];
+    for (part = 1; part <= half; part++) {
+        const int32_t *x = a + part * stride, *y = a + (radix - part) * stride;
+        sum[2 * part - 2] = x[0] + y[0];
+        sum[2 * part - 1] = x[1] + y[1];
+        difference[2 * part - 2] = x[0] - y[0];
+        difference[2 * part - 1] = x[1] - y[1];
+        a[0] += sum[2 * part - 2];
+        a[1] += sum[2 * part - 1];
     }
-    for (target = 0; target < radix; target++) {
-        int64_t real = 0, imaginary = 0;
-        for (part = 1; part < radix; part++) {
+    for (target = 1; target <= half; target++) {
+        int32_t *x = a + target * stride, *y = a + (radix - target) * stride;
+        int64_t even_re = 0, even_im = 0, odd_re = 0, odd_im = 0;
+        for (part = 1; part <= half; part++) {
             const int index = part * target % radix * (KFE_N_FFT / radix);
-            const int64_t x = in[2 * part], y = in[2 * part + 1];
-            const int64_t cosine = target ? kfe_wave[index + KFE_N_FFT / 4] : 32768, sine = target ? kfe_wave[index] : 0;
-            real += x * cosine + y * sine;
-            imaginary += y * cosine - x * sine;
+            const int32_t cosine = kfe_wave[index + KFE_N_FFT / 4], sine = kfe_wave[index];
+            even_re += (int64_t)sum[2 * part - 2] * cosine;
+            even_im += (int64_t)sum[2 * part - 1] * cosine;
+            odd_re += (int64_t)difference[2 * part - 1] * sine;
+            odd_im -= (int64_t)difference[2 * part - 2] * sine;
         }
-        a[target * stride] = (int32_t)(in[0] + shift_right(real, 15));
-        a[target * stride + 1] = (int32_t)(in[1] + shift_right(imaginary, 15));
+        x[0] = first_re + (int32_t)shift_right(even_re + odd_re, 15);
+        x[1] = first_im + (int32_t)shift_right(even_im + odd_im, 15);
+        y[0] = first_re + (int32_t)shift_right(even_re - odd_re, 15);
+        y[1] = first_im + (int32_t)shift_right(even_im - odd_im, 15);
     }
 }
 #endif
@@ -250,7 +268,7 @@ static int spectrum(kestrel_frontend *fe, const int16_t *frame)
     shift = frame_shift(largest);
     memset(fe->spectrum, 0, sizeof fe->spectrum);
     for (number = 0; number < KFE_TAPS; number++) {
-        fe->spectrum[2 * kfe_order[number >> 1] + (number & 1)] = (int32_t)shift_right(frame[number] * window(number), shift);
+        fe->spectrum[2 * kfe_order[number >> 1] + (number & 1)] = shift_right_32(frame[number] * window(number), shift);
     }
     transform(fe->spectrum);
     split(fe->spectrum);
@@ -293,7 +311,7 @@ static void log_mel(kestrel_frontend *fe, const int16_t *frame)
     cut = bit_length(largest) - KFE_KEEP_BITS;
     cut = cut > 0 ? cut : 0;
     for (value = 0; value < 2 * KFE_USED_BINS; value++) {
-        bins[value] = (int32_t)shift_right(bins[value], cut);
+        bins[value] = shift_right_32(bins[value], cut);
     }
     exponent = 2 * (KFE_SPECTRUM_BITS - shift - cut) + KFE_WEIGHT_BITS;
 #else

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "score"))  # score_kit serves here, too
+for part in ("score", "lower", "runtime"):  # their kits serve here, too
+    sys.path.insert(0, str(Path(__file__).parents[1] / part))
 
 
 @pytest.fixture(autouse=True, scope="module")

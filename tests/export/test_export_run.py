@@ -15,8 +15,25 @@ from kestrel.export.spec import ExportSpec
 from kestrel.models.evaluate import predict
 from kestrel.models.inventory import parameters
 
-ARGUMENTS = {"identity": IDENTITY, "split": "test", "seed": 3, "chip": 0, "batch_size": 50, "provenance": PROVENANCE, "feature_scale": FEATURE_SCALE}
-FILES = {"card.md", "export.json", "model.onnx", "example.npz", "codes.npz", "weights.bin"}
+ARGUMENTS = {
+    "identity": IDENTITY,
+    "split": "test",
+    "seed": 3,
+    "chip": 0,
+    "batch_size": 50,
+    "provenance": PROVENANCE,
+    "feature_scale": FEATURE_SCALE,
+}
+FILES = {
+    *("card.md", "export.json", "model.onnx", "model_qdq.onnx", "example.npz", "codes.npz", "weights.bin"),
+    *("integer/integer.json", "integer/integer.npz", "integer/constants.bin"),
+    *("c/Makefile", "c/kestrel.h", "c/kestrel_ops.c", "c/main.c", "c/model.c", "c/model.h"),
+    *("vectors/README.md", "vectors/index.json", "vectors/vectors.npz"),
+}
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +49,8 @@ def exported(data, tmp_path_factory):
 
 def test_all_files_are_there_and_the_summary_says_what_they_are(exported):
     folder, summary = exported
-    assert {path.name for path in folder.iterdir()} == FILES
+    vectors = {f"vectors/{path}" for path in json.loads((folder / "vectors/index.json").read_text())["files"]}
+    assert files_of(folder) == FILES | vectors and len(vectors) > 100
     assert json.loads((folder / "export.json").read_text()) == summary
     assert set(summary["files"]) == FILES - {"card.md", "export.json"}
     for name, entry in summary["files"].items():
@@ -61,7 +79,9 @@ def test_exported_accuracy_is_that_of_a_network_made_of_the_codes(exported, data
 
 
 def test_few_bits_cost_accuracy_and_bytes(tmp_path, exported, data):
-    coarse = export(spotter(), data, tmp_path / "export", settings=ExportSpec(weight_bits=2, onnx=False), **ARGUMENTS)
+    coarse = export(
+        spotter(), data, tmp_path / "export", settings=ExportSpec(weight_bits=2, onnx=False, c=False), **ARGUMENTS
+    )
     assert coarse["accuracy"] < exported[1]["accuracy"] - 0.05
     assert coarse["trained_accuracy"] == exported[1]["trained_accuracy"]
     assert coarse["weight_bytes"] < 0.35 * exported[1]["weight_bytes"]
@@ -69,7 +89,9 @@ def test_few_bits_cost_accuracy_and_bytes(tmp_path, exported, data):
 
 
 def test_weights_trained_at_few_bits_lose_nothing(tmp_path, data):
-    summary = export(spotter(quant_w=4), data, tmp_path / "export", settings=ExportSpec(onnx=False), **ARGUMENTS)
+    summary = export(
+        spotter(quant_w=4), data, tmp_path / "export", settings=ExportSpec(onnx=False, c=False), **ARGUMENTS
+    )
     assert summary["answers_changed_by_codes"] == 0
     assert summary["accuracy"] == summary["trained_accuracy"]
     assert {section["bits"] for section in summary["weight_sections"]} == {4}
@@ -77,7 +99,8 @@ def test_weights_trained_at_few_bits_lose_nothing(tmp_path, data):
 
 def test_exporting_twice_gives_identical_files(tmp_path, exported, data):
     export(spotter(), data, tmp_path / "elsewhere", settings=ExportSpec(), **ARGUMENTS)
-    for name in FILES:
+    assert files_of(tmp_path / "elsewhere") == files_of(exported[0])
+    for name in files_of(exported[0]):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (exported[0] / name).read_bytes(), name
 
 
@@ -110,8 +133,11 @@ def test_card_shows_all_of_it(exported):
         "| lstm.w_ih | 2 x 12 x 32 | 8 | 0 | 768 |",
         f"| all | {parameters(spotter().net):,} | {summary['macs']:,} |",
         f"on 130 clips: largest difference of a logit {summary['onnx']['largest_difference']:.3g}; 0 answers differ",
-        "Integer-only inference",
-        "C code",
+        f"| integer model (integer/), no float | {100 * summary['integer_accuracy']:.2f} % |",
+        "largest difference of a logit",
+        "## Test vectors",
+        "17 quantisers of activations",
+        "| C program | bit-identical on 130 clips, ",
         PROVENANCE["checkpoint_sha256"],
         PROVENANCE["command"],
     ):
@@ -122,16 +148,17 @@ def test_card_shows_all_of_it(exported):
 
 
 def test_device_noise_is_off_in_the_files_and_stated_on_the_card(tmp_path, exported, data):
-    settings = ExportSpec()
+    settings = ExportSpec(c=False)
     summary = export(spotter(noise_eval=0.2), data, tmp_path / "export", settings=settings, **ARGUMENTS)
     assert summary["accuracy"] == exported[1]["accuracy"]
-    assert summary["files"] == exported[1]["files"]
+    clean = exported[1]["files"]
+    assert summary["files"] == {name: stamp for name, stamp in clean.items() if not name.startswith("c/")}
     assert "trained weights with device noise 0.2 (seed 3, chip 0)" in (tmp_path / "export" / "card.md").read_text()
 
 
 def test_without_onnx(tmp_path, data):
-    summary = export(spotter(), data, tmp_path / "export", settings=ExportSpec(onnx=False), **ARGUMENTS)
-    assert not (tmp_path / "export" / "model.onnx").exists() and "onnx" not in summary
+    summary = export(spotter(), data, tmp_path / "export", settings=ExportSpec(onnx=False, c=False), **ARGUMENTS)
+    assert not list((tmp_path / "export").glob("*.onnx")) and "onnx" not in summary and "onnx_qdq" not in summary
     assert "Left out" in (tmp_path / "export" / "card.md").read_text()
 
 
@@ -140,7 +167,7 @@ def test_a_failed_check_leaves_the_old_folder(tmp_path, data, monkeypatch):
     (tmp_path / "export" / "old").write_text("kept")
     monkeypatch.setattr(onnx_export, "LARGEST_DISAGREEMENT", -1.0)
     with pytest.raises(KestrelError, match="otherwise than PyTorch"):
-        export(spotter(), data, tmp_path / "export", settings=ExportSpec(), **ARGUMENTS)
+        export(spotter(), data, tmp_path / "export", settings=ExportSpec(c=False), **ARGUMENTS)
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "old"]
 
 
@@ -153,7 +180,7 @@ def test_other_classes_are_refused(tmp_path):
 
 def test_progress_covers_every_pass(tmp_path, data):
     seen = []
-    settings = ExportSpec()
+    settings = ExportSpec(c=False)
     export(
         spotter(noise_eval=0.1),
         data,
@@ -162,4 +189,4 @@ def test_progress_covers_every_pass(tmp_path, data):
         progress=lambda done, total: seen.append((done, total)),
         **ARGUMENTS,
     )
-    assert seen[-1] == (4 * 130, 4 * 130) and sorted(seen) == seen and len(seen) == 12
+    assert seen[-1] == (6 * 130, 6 * 130) and sorted(seen) == seen

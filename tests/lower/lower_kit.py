@@ -84,10 +84,10 @@ class Recurrent(nn.Module):
 
 
 def features(seed: int, clips: int = 64, frames: int = FRAMES, width: int = WIDTH) -> Tensor:
-    """Features that move slowly in time, as those of speech do, [B, T, F]."""
+    """Features that move slowly in time, as those of speech do, [B, T, F], of mean square 1.5^2 in each clip."""
     generator = torch.Generator().manual_seed(seed)
-    steps = torch.randn(clips, frames, width, generator=generator)
-    return torch.cumsum(steps, 1) / torch.arange(1, frames + 1).sqrt().view(-1, 1) * 1.5
+    walk = torch.cumsum(torch.randn(clips, frames, width, generator=generator), 1)
+    return 1.5 * walk / walk.square().mean((1, 2), keepdim=True).sqrt()
 
 
 def settled(net: nn.Module) -> nn.Module:

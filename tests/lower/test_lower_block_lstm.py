@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lower_kit import CLASSES, FEATURE_SCALE, FRAMES, WIDTH, codes_of, features, spotter_of
+from lower_kit import CLASSES, FEATURE_SCALE, FRAMES, WIDTH, FlatNet, codes_of, features, settled, spotter_of
 from torch import Tensor
 
 from kestrel.errors import KestrelError
+from kestrel.frontend.post import Post
 from kestrel.lower.graph import IntegerGraph, Trace
 from kestrel.lower.spotter import feature_scale_of, lower, predict_codes
 from kestrel.models.block_lstm import BlockLSTM
 from kestrel.models.inventory import decoded_weights, noise_off, weight_codes
-from kestrel.models.network import Network
+from kestrel.models.network import Network, WeightGroup
 from kestrel.models.spotter import KeywordSpotter
 from kestrel.nn.cell import ROW
 from kestrel.nn.crossbar import crossbar
@@ -179,15 +180,50 @@ def test_an_overflow_is_refused() -> None:
         lowered(spotter_of(quant_inp=16, hidden=40), 16)
 
 
-def test_unknown_networks_and_missing_statistics_are_refused() -> None:
-    class Other(Network):
-        pass
+class _Other(Network):
+    """A network that lowering knows nothing about but its layers."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = FlatNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def weight_groups(self) -> list[WeightGroup]:
+        return [WeightGroup("inner.hidden.weight", self.inner.hidden.weight, 0.25, 4)]
+
+
+def test_other_networks_are_lowered_by_their_layers() -> None:
+    spotter = spotter_of([{"normalise": "global"}])
+    spotter.net = settled(_Other())  # type: ignore[assignment]
+    graph = lower(spotter, FEATURE_SCALE, calibration=features(1, 256).numpy())
+    hidden: Any = next(op for op in graph.ops if op.outputs == ("inner_hidden",))
+    assert hidden.weight.storage == "int4"
+    values = features(6, 300)
+    with torch.no_grad():
+        real = spotter(values).argmax(1).numpy()
+        with decoded_weights(spotter.net, weight_codes(spotter.net, 8)):
+            fake = spotter(values).argmax(1).numpy()
+    answers = graph.run(codes_of(graph, values))["class"][:, 0]
+    assert graph.outputs == ["logits", "class"]
+    assert (answers == fake).mean() >= 0.95
+    assert (real == fake).mean() < 1  # four bits of weights show
+
+
+def test_numbers_that_fit_no_multiplier_are_refused() -> None:
     spotter = spotter_of()
-    spotter.net = Other()
-    with pytest.raises(KestrelError, match="Other has no integer form yet"):
+    with torch.no_grad():
+        spotter.net.lstm.ranges[ROW["a12"], 0] = 1e-12  # type: ignore[union-attr]
+    with pytest.raises(KestrelError, match="BlockLSTM has no integer form: "):
+        lower(spotter, 1e6)
+
+
+def test_unknown_networks_and_missing_statistics_are_refused() -> None:
+    spotter = spotter_of()
+    spotter.net = _Other()
+    with pytest.raises(KestrelError, match="_Other has no trained ranges of activations"):
         lowered(spotter)
-    from kestrel.frontend.post import Post
 
     spotter = spotter_of()
     spotter.post = Post([{"normalise": "channel"}], (FRAMES, WIDTH))
@@ -233,7 +269,6 @@ CLIPS = Path(__file__).resolve().parents[2] / "feat/mini/mini-12/iscas21"
     not (REAL.exists() and CLIPS.exists()), reason="run ./run.sh once: no trained checkpoint of corpus mini"
 )
 def test_a_trained_network_on_its_test_clips() -> None:
-    from kestrel.frontend.post import Post
     from kestrel.store.checkpoint import load
     from kestrel.store.hdf5 import FeatureFile
 

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import pytest
-from conftest import Checkout
+from run_kit import Checkout
 
 from kestrel.errors import UsageError
 from kestrel.pipeline.plan import _parser, parse
@@ -86,7 +87,13 @@ def test_help_lists_options_stages_and_current_values(checkout: Checkout) -> Non
         assert f"  {stage.number}  {stage.name:<10} {stage.does}" in page.stdout
     for option in OPTIONS:
         assert re.search(rf"^  (-h, )?{option}\b", page.stdout, re.MULTILINE), option
-    for shown in ("[iscas21_lstm]", "[mini]", "[local]", "variant mini; current value", "  model.hidden=108  units of each block"):
+    for shown in (
+        "[iscas21_lstm]",
+        "[mini]",
+        "[local]",
+        "variant mini; current value",
+        "  model.hidden=108  units of each block",
+    ):
         assert shown in page.stdout
     for name in ("gsc_v2", "gsc_v2-35-list", "logmel"):
         assert name in page.stdout
@@ -141,7 +148,9 @@ def test_a_dry_run_says_what_and_why_and_leaves_nothing(checkout: Checkout, prep
         "  stage 6 export    run: after stage 4 retrain",
     ]
     alone = checkout.run(*options, "--stage", "3", "--dry-run").stdout.splitlines()
-    assert alone[1:] == ["  stage 3 pretrain  stop: stage 3 needs the result of stage 2 feature: run ./run.sh with --stage 2"]
+    assert alone[1:] == [
+        "  stage 3 pretrain  stop: stage 3 needs the result of stage 2 feature: run ./run.sh with --stage 2"
+    ]
     forced = checkout.run(*options, "--stop-stage", "0", "--force", "--dry-run").stdout.splitlines()
     assert forced[1:] == ["  stage 0 download  run: --force"]
     fresh = checkout.run("--tag", "never", "--dry-run")
@@ -214,7 +223,12 @@ def test_command_sh_replays_the_run(checkout: Checkout, tiny_corpus: Path, tmp_p
     script = folder / "command.sh"
     assert script.stat().st_mode & stat.S_IXUSR
     again = subprocess.run(
-        [str(script), "--dry-run"], cwd=tmp_path, env=checkout.environment(), capture_output=True, text=True, check=False
+        [str(script), "--dry-run"],
+        cwd=tmp_path,
+        env=checkout.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[:2] == ["exp/iscas21_lstm/replay:", "  stage 0 download  skip: up to date"]
@@ -300,8 +314,11 @@ def start(checkout: Checkout, *arguments: str) -> subprocess.Popen[str]:
     return child
 
 
+Waiting = tuple[Checkout, list[str], "subprocess.Popen[str]"]
+
+
 @pytest.fixture
-def waiting(own_checkout: Checkout, tiny_corpus: Path, tmp_path: Path):
+def waiting(own_checkout: Checkout, tiny_corpus: Path) -> Iterator[Waiting]:
     """A run that stands still in stage 0, since another process holds the lock of its data folder."""
     options = ["--corpus", str(tiny_corpus), "--variant", "mini", "--tag", "waits", "--stop-stage", "0"]
     data = own_checkout.root / "data" / "tiny_corpus"
@@ -317,7 +334,7 @@ def waiting(own_checkout: Checkout, tiny_corpus: Path, tmp_path: Path):
         child.stderr.close()
 
 
-def test_the_same_command_while_one_runs_names_the_holder(waiting) -> None:
+def test_the_same_command_while_one_runs_names_the_holder(waiting: Waiting) -> None:
     checkout, options, _ = waiting
     second = checkout.run(*options)
     assert second.returncode == 1
@@ -326,17 +343,17 @@ def test_the_same_command_while_one_runs_names_the_holder(waiting) -> None:
     assert checkout.run(*options, "--dry-run").returncode == 0, "looking is allowed"
 
 
-def test_a_run_goes_on_when_the_shared_folder_is_free(waiting) -> None:
-    checkout, options, child = waiting
+def test_a_run_goes_on_when_the_shared_folder_is_free(waiting: Waiting) -> None:
+    checkout, _, child = waiting
     (checkout.root / "data" / "tiny_corpus" / ".lock").unlink()
     _, rest = child.communicate(timeout=60)
     assert child.returncode == 0, rest
     assert "stage 0 download: done" in rest
 
 
-def test_kill_reaches_the_stage_and_frees_its_locks(waiting) -> None:
+def test_kill_reaches_the_stage_and_frees_its_locks(waiting: Waiting) -> None:
     """`kill PID` of run.sh alone ends the stage too, not only the shell around it."""
-    checkout, options, child = waiting
+    checkout, _, child = waiting
     os.kill(child.pid, signal.SIGTERM)
     _, rest = child.communicate(timeout=60)
     assert child.returncode == 128 + signal.SIGTERM
@@ -344,8 +361,8 @@ def test_kill_reaches_the_stage_and_frees_its_locks(waiting) -> None:
     assert not (exp(checkout, "waits") / ".lock").exists()
 
 
-def test_ctrl_c_ends_the_run_in_one_line(waiting) -> None:
-    checkout, options, child = waiting
+def test_ctrl_c_ends_the_run_in_one_line(waiting: Waiting) -> None:
+    checkout, _, child = waiting
     os.killpg(child.pid, signal.SIGINT)  # as the terminal does
     _, rest = child.communicate(timeout=60)
     assert child.returncode == 130
@@ -353,7 +370,7 @@ def test_ctrl_c_ends_the_run_in_one_line(waiting) -> None:
     assert not (exp(checkout, "waits") / ".lock").exists()
 
 
-def test_a_killed_run_does_not_block_the_next(waiting) -> None:
+def test_a_killed_run_does_not_block_the_next(waiting: Waiting) -> None:
     checkout, options, child = waiting
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
@@ -375,6 +392,42 @@ def test_a_changed_configuration_between_runs(own_checkout: Checkout, tiny_corpu
     named = [*options, "--set", "protocol.name=tiny_corpus-12", "--set", "protocol.words=yes,no"]
     third = own_checkout.run(*named)
     assert "(settings changed: protocol.words " in third.stderr
+
+
+# A stage that stands in for training: on a signal it saves its state and asks to be run again.
+STANDING = """
+import sys, time
+from kestrel.errors import RunAgain
+from kestrel.pipeline.step import main
+from kestrel.train.signals import StopFlag
+
+def work(run, status):
+    with StopFlag() as stop:
+        print("standing", file=sys.stderr, flush=True)
+        while not stop:
+            time.sleep(0.02)
+    raise RunAgain(f"stopped by {stop.signal}, the state is saved")
+
+main("download", work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "group"), [("SIGTERM", False), ("SIGUSR1", False), ("SIGTERM", True), ("SIGUSR1", True), ("SIGINT", True)]
+)
+def test_a_stopped_training_saves_and_gives_75(
+    own_checkout: Checkout, tiny_corpus: Path, sent: str, group: bool
+) -> None:
+    """Signals to run.sh alone (kill, a batch system) and to all its processes (Ctrl-C, timeout)."""
+    (own_checkout.root / "steps" / "download.py").write_text(STANDING)
+    child = start(own_checkout, "--corpus", str(tiny_corpus), "--variant", "mini", "--tag", "stops")
+    assert child.stderr is not None
+    read_until(child.stderr, "standing")
+    (os.killpg if group else os.kill)(child.pid, getattr(signal, sent))
+    _, rest = child.communicate(timeout=60)
+    assert child.returncode == 75
+    assert rest.splitlines() == [f"  stopped by {sent}, the state is saved; the same command continues"]
+    assert not (exp(own_checkout, "stops") / ".lock").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- environment

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Checkout, copy_code
+from run_kit import Checkout, copy_code
 
 from kestrel.errors import UsageError
 from kestrel.pipeline.backend import flags
@@ -280,7 +280,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + 30
         while True:
             state = subprocess.run(
-                ["sinfo", "-h", "-o", "%t"], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+                ["sinfo", "-h", "-o", "%t"],
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+                check=False,
             ).stdout.strip()
             if state == "idle":
                 break
@@ -337,7 +341,9 @@ def test_stages_run_as_real_jobs(slurm: dict[str, str], tmp_path: Path, tiny_cor
     )
     deadline = time.monotonic() + 30
     listing = ["squeue", "-h", "--name=held", "-o", "%i"]
-    while not (job := subprocess.run(listing, env={**os.environ, **slurm}, capture_output=True, text=True).stdout.strip()):
+    while not (
+        job := subprocess.run(listing, env={**os.environ, **slurm}, capture_output=True, text=True).stdout.strip()
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     subprocess.run(["scancel", job], env={**os.environ, **slurm}, check=True)

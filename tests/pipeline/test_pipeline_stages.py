@@ -175,7 +175,7 @@ def test_a_recipe_without_retraining(open_run: Open) -> None:
         ("feature.post=[{normalise: channel}]", ["pretrain", "retrain", "score", "export"]),
         ("frontend.coefficients=20", ["feature", "pretrain", "retrain", "score", "export"]),
         ("protocol.silence_percentage=20", NAMES[1:]),
-        ("corpus.speakers=120", NAMES),
+        ("corpus.speakers=7", NAMES),
     ],
 )
 def test_a_changed_setting_reruns_just_what_depends_on_it(open_run: Open, setting: str, again: list[str]) -> None:
@@ -225,7 +225,10 @@ def test_lost_and_changed_outputs_are_made_again(open_run: Open) -> None:
     (run.out("score") / "result.json").write_text("edited by hand")
     assert status(run, "score").reason == "result.json was changed"
     (run.packs / "noise.h5").unlink()
-    assert (status(run, "feature").action, status(run, "feature").reason) == ("run", "packed audio is missing (noise.h5)")
+    assert (status(run, "feature").action, status(run, "feature").reason) == (
+        "run",
+        "packed audio is missing (noise.h5)",
+    )
 
 
 def test_a_damaged_marker_is_named(open_run: Open) -> None:
@@ -277,7 +280,7 @@ def test_an_unfinished_stage_with_other_settings_is_refused(open_run: Open) -> N
 
 
 @pytest.mark.parametrize(
-    ("sets", "longer", "action"),
+    ("sets", "length", "action"),
     [
         (["train.lr=0.1"], "train.epochs=30", "extend"),
         (["train.lr=0.1"], "train.epochs=10", "run"),
@@ -288,25 +291,26 @@ def test_an_unfinished_stage_with_other_settings_is_refused(open_run: Open) -> N
     ],
 )
 def test_more_epochs_continue_where_the_schedule_allows(
-    open_run: Open, sets: list[str], longer: str, action: str
+    open_run: Open, sets: list[str], length: str, action: str
 ) -> None:
-    do(open_run(*sets))
-    state = status(open_run(*sets, longer), "pretrain")
+    do(open_run(*sets, "train.epochs=20"))
+    state = status(open_run(*sets, length), "pretrain")
     assert state.action == action
     if action == "extend":
         assert state.reason == "longer: train.epochs 20 -> 30"
-        run = open_run(*sets, longer)
+        run = open_run(*sets, length)
         begin(run, "pretrain", state)
         assert (run.out("pretrain") / "best.pt").exists() and started_file(run.out("pretrain")).exists()
         assert not done_file(run.out("pretrain")).exists()
         assert status(run, "pretrain").action == "resume", "killed while it went on"
-    elif longer == "train.epochs=30":
+    elif length == "train.epochs=30":
         assert "schedule depends on the length" in state.reason
 
 
 def test_an_unfinished_stage_continues_with_another_length(open_run: Open) -> None:
-    do(open_run("train.lr=0.1"), "download", "prepare", "feature")
-    start(open_run("train.lr=0.1"), "pretrain")
+    run = open_run("train.lr=0.1", "train.epochs=20")
+    do(run, "download", "prepare", "feature")
+    start(run, "pretrain")
     state = status(open_run("train.lr=0.1", "train.epochs=5"), "pretrain")
     assert (state.action, state.reason) == ("resume", "continues with another length: train.epochs 20 -> 5")
     refused = status(open_run("train.lr=0.1", "train.epochs=5", "train.batch_size=3"), "pretrain")

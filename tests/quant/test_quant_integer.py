@@ -14,6 +14,7 @@ from kestrel.quant.integer import (
     Rescale,
     add_rescaled,
     argmax,
+    few_digits,
     from_real,
     from_reals,
     interpolate,
@@ -96,9 +97,15 @@ def test_ratios_out_of_reach() -> None:
 def test_shift_add_has_few_terms_and_the_stated_error(ratio: float, terms: int) -> None:
     multiplier, shift = shift_add(ratio, terms)
     assert len(signed_digits(multiplier)) <= terms
-    assert abs(Fraction(multiplier, 1 << shift) - Fraction(ratio)) <= abs(Fraction(ratio)) * max(
-        Fraction(1, 3**terms), Fraction(1, 1 << 29)
-    )
+    allowed = abs(Fraction(ratio)) * (Fraction(1, 3**terms) + Fraction(1, 1 << 30))
+    assert abs(Fraction(multiplier, 1 << shift) - Fraction(ratio)) <= allowed
+
+
+@given(int32s, st.integers(1, 8))
+def test_few_digits_have_the_stated_error(multiplier: int, terms: int) -> None:
+    found = few_digits(multiplier, terms)
+    assert len(signed_digits(found)) <= terms
+    assert abs(found - multiplier) * 3**terms <= abs(multiplier)
 
 
 @given(int32s)

@@ -91,7 +91,9 @@ def _trained(quant_w: int | None) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def untrained(quant_w: int | None = None, noise_eval: float = 0.0, classes: int = len(CLASSES)) -> KeywordSpotter:
+def untrained(
+    quant_w: int | None = None, noise_eval: float = 0.0, classes: int = len(CLASSES), **model: object
+) -> KeywordSpotter:
     """Two blocks of 8 units, freshly initialised."""
     torch.manual_seed(1)
     net = BlockLSTM(
@@ -103,6 +105,7 @@ def untrained(quant_w: int | None = None, noise_eval: float = 0.0, classes: int 
         quant_w=quant_w,
         noise_train=0.0,
         noise_eval=noise_eval,
+        **model,
     )
     return KeywordSpotter(Post(POST, (FRAMES, WIDTH)), net)
 
@@ -111,6 +114,13 @@ def spotter(quant_w: int | None = None, noise_eval: float = 0.0) -> KeywordSpott
     """The same, trained for a moment."""
     model = untrained(quant_w, noise_eval)
     model.load_state_dict(_trained(quant_w))
+    return model
+
+
+def analog() -> KeywordSpotter:
+    """A spotter with analog crossbar inputs, which has no integer form."""
+    model = untrained(quant_inp=None)
+    model.load_state_dict(_trained(None))
     return model
 
 

@@ -4,13 +4,31 @@ import json
 import numpy as np
 import pytest
 from matplotlib import image
-from score_kit import CLASSES, FEATURE_SCALE, IDENTITY, PROVENANCE, feature_file, metrics_csv, spotter, untrained
+from score_kit import (
+    CLASSES,
+    FEATURE_SCALE,
+    IDENTITY,
+    PROVENANCE,
+    analog,
+    feature_file,
+    metrics_csv,
+    spotter,
+    untrained,
+)
 
 from kestrel.errors import KestrelError
 from kestrel.models.evaluate import predict
 from kestrel.score.run import score
 
-ARGUMENTS = {"identity": IDENTITY, "split": "test", "seed": 3, "chip": 0, "batch_size": 50, "provenance": PROVENANCE, "feature_scale": FEATURE_SCALE}
+ARGUMENTS = {
+    "identity": IDENTITY,
+    "split": "test",
+    "seed": 3,
+    "chip": 0,
+    "batch_size": 50,
+    "provenance": PROVENANCE,
+    "feature_scale": FEATURE_SCALE,
+}
 REQUIRED = {
     *("recipe", "variant", "tag", "seed", "protocol", "split", "n", "accuracy", "ci95", "per_class", "parameters"),
     *("macs", "weight_bytes", "config_hash", "checkpoint_sha256", "git_commit", "git_dirty", "torch", "device"),
@@ -138,8 +156,8 @@ def test_a_perfect_score_has_no_confusions(tmp_path):
 
 def test_further_entries_and_unknown_provenance(tmp_path, data):
     arguments = {**ARGUMENTS, "provenance": {"command": "./run.sh"}}
-    result = score(spotter(), data, tmp_path / "score", extra={"integer_accuracy": 0.5}, **arguments)
-    assert result["integer_accuracy"] == 0.5 and result["git_commit"] is None
+    result = score(spotter(), data, tmp_path / "score", extra={"energy_uj": 0.5}, **arguments)
+    assert result["energy_uj"] == 0.5 and result["git_commit"] is None
     assert "not a git checkout" in (tmp_path / "score" / "report.md").read_text()
 
 
@@ -180,4 +198,10 @@ def test_a_failure_while_writing_leaves_the_old_folder(tmp_path):
 def test_progress_reaches_the_number_of_clips(tmp_path, data):
     seen = []
     score(spotter(), data, tmp_path / "score", progress=lambda done, total: seen.append((done, total)), **ARGUMENTS)
+    assert seen[-1] == (390, 390) and seen == sorted(seen) and {total for _, total in seen} == {390}
+
+
+def test_progress_without_an_integer_model(tmp_path, data):
+    seen = []
+    score(analog(), data, tmp_path / "score", progress=lambda done, total: seen.append((done, total)), **ARGUMENTS)
     assert seen == [(50, 130), (100, 130), (130, 130)]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Checkout
+from run_kit import ROOT, Checkout
 
 SHORT = ("train.epochs=1", "train.batch_size=32", "train.eval_batch_size=64", "retrain.epochs=1")
 # Variants for feature files made elsewhere get features of the tiny corpus, made by this front end.

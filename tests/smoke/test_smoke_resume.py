@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Checkout
+from run_kit import Checkout
 
 pytestmark = pytest.mark.smoke
 
@@ -90,3 +90,19 @@ def test_more_epochs_continue_and_other_settings_do_not(checkout: Checkout, tiny
     changed = checkout.run(*options, *sets, "--set", "train.epochs=3", "--set", "model.cs=0.2")
     assert changed.returncode == 0, changed.stderr
     assert (metrics.parent.with_name("pretrain.prev") / "metrics.csv").read_text().splitlines() == rows
+
+
+def test_two_processes_stop_and_continue(checkout: Checkout, tiny_corpus: Path) -> None:
+    """train.processes=2: a stop signal saves the state once, the same command ends the run."""
+    options = (*OPTIONS, "--corpus", str(tiny_corpus), "--tag", "two", "--set", "train.processes=2")
+    process = _start(checkout, *options)
+    exp = checkout.root / "exp" / "iscas21_lstm" / "two"
+    _wait_for(exp / "pretrain" / "last.pt", process)
+    os.kill(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    again = checkout.run(*options)
+    assert again.returncode == 0, again.stderr
+    assert "2 processes" in output or "2 processes" in again.stderr
+    rows = (exp / "retrain" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 1 + 2  # header, initial weights, two epochs

@@ -219,7 +219,9 @@ else:
 def test_a_kill_leaves_the_old_or_the_new_file(moment: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_text(path, OLD)
-    victim = subprocess.run([sys.executable, "-c", VICTIM.format(root=str(ROOT)), moment, "file", str(path)], check=False)
+    victim = subprocess.run(
+        [sys.executable, "-c", VICTIM.format(root=str(ROOT)), moment, "file", str(path)], check=False
+    )
     assert victim.returncode == -9
     assert path.read_text() == expected
     remove_stale(tmp_path)
@@ -234,7 +236,9 @@ def test_a_kill_leaves_no_part_of_a_folder(moment: str, expected: dict[str, str]
     path = tmp_path / "f"
     with atomic_folder(path) as folder:
         (folder / "a").write_text(OLD)
-    victim = subprocess.run([sys.executable, "-c", VICTIM.format(root=str(ROOT)), moment, "folder", str(path)], check=False)
+    victim = subprocess.run(
+        [sys.executable, "-c", VICTIM.format(root=str(ROOT)), moment, "folder", str(path)], check=False
+    )
     assert victim.returncode == -9
     assert ({entry.name: entry.read_text() for entry in path.iterdir()} if path.exists() else None) == expected
     remove_stale(tmp_path)

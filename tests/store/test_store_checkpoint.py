@@ -20,16 +20,22 @@ from kestrel.store import checkpoint
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.tuples(inner, inner)
-    | st.dictionaries(st.text(max_size=6) | st.integers(0, 9), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=6) | st.integers(0, 9), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
 
 def example() -> dict[str, Any]:
     return {
-        "model": {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3), "mask": torch.tensor([True, False])},
+        "model": {
+            "weight": torch.arange(6.0).view(2, 3),
+            "count": torch.tensor(3),
+            "mask": torch.tensor([True, False]),
+        },
         "optimizer": {"state": {0: {"step": torch.tensor(4.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]},
         "identity": {"classes": ["yes", "no"], "hash": "yes", "none": None},
     }

@@ -22,7 +22,9 @@ from kestrel.store.lock import lock
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom kestrel.store.lock import lock\n"
-HOLD = HEAD + "with lock(sys.argv[1], 'the other run', wait=False):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+HOLD = (
+    HEAD + "with lock(sys.argv[1], 'the other run', wait=False):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+)
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:

@@ -56,9 +56,7 @@ class Shift:
 
 
 def from_audio(path: Path, **options: object) -> Split:
-    return Split(
-        AudioFile(path), batch_size=5, training=True, frontend=Frames(), augmenter=Shift(), **options
-    )  # type: ignore[arg-type]
+    return Split(AudioFile(path), batch_size=5, training=True, frontend=Frames(), augmenter=Shift(), **options)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 200), st.integers(0, 2**40), st.integers(0, 1000))

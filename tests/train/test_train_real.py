@@ -29,6 +29,7 @@ from kestrel.train import loop
 from kestrel.train.data import Split
 from kestrel.train.loop import Job, train
 from kestrel.train.signals import StopFlag
+from kestrel.train.validation import VALIDATION_CHIP
 
 SAMPLES = 1600  # six frames
 FRONTEND = FrontendSpec(window=640, hop=320, n_fft=640, mel_bands=20, f_min=20, coefficients=8)
@@ -105,7 +106,7 @@ def test_validation_equals_scoring_the_same_split(folder: Path, tmp_path: Path) 
     spotter = KeywordSpotter(post, net)
     spotter.load_state_dict(best["model"])
     file = FeatureFile(folder / "validation.h5")
-    with evaluation_noise(job.seed, loop.VALIDATION_CHIP, torch.device("cpu")):
+    with evaluation_noise(job.seed, VALIDATION_CHIP, torch.device("cpu")):
         found = accuracy(predict(spotter, file, 8), file.labels)
     assert found.value == best["metrics"]["validation_accuracy"]
 
@@ -131,7 +132,7 @@ folder = Path(sys.argv[1])
 file = FeatureFile(folder / "train.h5")
 split = Split(file, batch_size=100, training=True)
 spotter = KeywordSpotter(Post([], split.shape), Net())
-job = make_job(folder / "out", phase={"steps": 100, "lr": [0.001]})
+job = make_job(folder / "out", phase={"steps": 40, "lr": [0.001]})
 train(job, spotter, split, Split(FeatureFile(folder / "validation.h5"), batch_size=500))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """

@@ -8,12 +8,10 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-import torch
 from train_kit import contents, make_job, quick_draw, run, train_in_process, write_features
 
 from kestrel.store import checkpoint
@@ -31,18 +29,15 @@ def server() -> ForkServerContext:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("features")
     write_features(path / "train.h5", 73, seed=1)
     write_features(path / "validation.h5", 41, seed=2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_curves", quick_draw)
         for stage in ("pretrain", "retrain"):
             run(path, make_job(path / stage, stage))
-    yield path
-    torch.set_num_threads(threads)
+    return path
 
 
 def exit_codes(
@@ -52,9 +47,7 @@ def exit_codes(
     draw, codes = random.Random(f"{stage} {number}"), [1]
     while codes[-1] != 0:
         ready = server.Event()
-        process = server.Process(
-            target=train_in_process, args=(str(folder), str(out_dir), stage, shared, PAUSE, ready)
-        )
+        process = server.Process(target=train_in_process, args=(str(folder), str(out_dir), stage, shared, PAUSE, ready))
         process.start()
         if len(codes) <= times:
             assert ready.wait(60)

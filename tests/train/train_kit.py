@@ -124,17 +124,6 @@ def run(folder: Path, job: Job, **options: object) -> Result:
     return train(job, spotter, *make_splits(folder, job), **options)  # type: ignore[arg-type]
 
 
-def run_until_done(folder: Path, job: Job, limit: int = 200, **options: object) -> int:
-    """Start again as often as training asks for it; the number of starts."""
-    for start in range(1, limit):
-        try:
-            run(folder, job, **options)
-        except RunAgain:
-            continue
-        return start
-    raise AssertionError("training never ended")
-
-
 def contents(out_dir: Path) -> dict[str, bytes]:
     """The files of a stage that must not depend on how often it was started."""
     return {name: (out_dir / name).read_bytes() for name in FILES}

@@ -29,12 +29,13 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(KESTREL_PORTABLE)
 #define KESTREL_X86
 #include <immintrin.h>
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE static inline ALWAYS_INLINE
 
 namespace {
 
@@ -72,12 +73,17 @@ namespace {
 
 INLINE int64_t padded(int64_t count) { return (count + LINE - 1) / LINE * LINE; }
 
-// A clipping quantiser of given bits over +-range.
+// A clipping quantiser of given bits over +-range: codes -(half - 1)..half - 1, levels code * step.
 struct Levels {
-  float range, half, inverse_half, bound;
+  float range, half, bound, step;
+  float scale;  // half / range
+  float sure;   // a value this near to a level (in steps) has the same level by multiplication with scale as by division
   Levels(float range_, int64_t bits)
-      : range(range_), half(bits ? float(int64_t(1) << (bits - 1)) : 0), inverse_half(bits ? 1 / half : 0),
-        bound(bits ? 1 - inverse_half : 0) {}
+      : range(range_), half(bits ? float(int64_t(1) << (bits - 1)) : 0), bound(bits ? 1 - 1 / half : 0),
+        step(bits ? range / half : 0), scale(half / range) {
+    int exponent;
+    sure = std::frexp(range, &exponent) == 0.5f ? 1.0f : 0.5f - half * 0x1p-22f;
+  }
 };
 
 // Quantised value of an activation and its derivative, SATURATED where the range clips the value.
@@ -99,8 +105,8 @@ INLINE uint64_t mix64(uint64_t x) {
 // ---- element-wise loops, for every instruction set -------------------------------------------------------------------
 
 template <class Code> struct CodeLoops {  // one kind of code
-  using Gates = void (*)(const float *raw1, const float *raw2, int64_t count, const Levels &q12, const Levels &q13,
-                         const Levels &q14, Code *code, uint8_t *flags);
+  using Gates = void (*)(const float *raw1, const float *raw2, int64_t rows, int64_t width, const Levels &q12,
+                         const Levels &q13, const Levels &q14, Code *code, uint8_t *flags);
   using Cells = void (*)(const Code *code, int64_t rows, int64_t hidden, const Cell &cell, const Code *c_old,
                          Code *c_new, float *h, float *h_inp, int64_t h_inp_stride, uint8_t *flags, float *spare);
   using Back = void (*)(const Code *code, const uint8_t *gate_flags, int64_t rows, int64_t hidden, const Cell &cell,
@@ -115,12 +121,11 @@ struct Loops {
   CodeLoops<uint8_t> bytes;
   CodeLoops<uint16_t> shorts;
   CodeLoops<float> analog;
-  using Input = bool (*)(const float *x, int64_t stride, int64_t rows, int64_t width, const Levels &q, float *to,
-                         int64_t to_stride);
+  using Input = int64_t (*)(const float *x, int64_t stride, int64_t rows, int64_t width, const Levels &q, float *to,
+                            int64_t to_stride);
   Input input_quantised, input_analog;
   void (*add_normal)(const float *from, float *to, int64_t pairs, uint32_t key0, uint32_t key1, float deviation);
   float (*dot)(const float *a, const float *b, int64_t count);
-  int64_t (*count_outside)(const float *x, int64_t count, float limit);
 
   template <class Code> const CodeLoops<Code> &of() const {
     if constexpr (sizeof(Code) == 1)
@@ -213,7 +218,7 @@ void product(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t
 
 // oneDNN's kernels need no packing of small matrices; not every processor has them.
 bool has_small_products() {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
+#if defined(CPUBLAS_BRGEMM_F32F32F32) && !defined(KESTREL_PORTABLE)
   static const bool works = [] {
     try {
       std::vector<float> a(16 * 16, 1.0f), c(16 * 16, 0.0f);
@@ -232,7 +237,7 @@ bool has_small_products() {
 // Row-major C [m, n] = A B.
 void small_product(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
                    float *c, int64_t c_stride) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
+#if defined(CPUBLAS_BRGEMM_F32F32F32) && !defined(KESTREL_PORTABLE)
   if (has_small_products()) {
     at::native::cpublas::brgemm(m, n, k, a_stride, b_stride, c_stride, false, a, b, c, false);
     return;
@@ -241,20 +246,38 @@ void small_product(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_st
   product(false, false, m, n, k, a, a_stride, b, b_stride, 0, c, c_stride);
 }
 
+INLINE void turn_4x4(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+#ifdef KESTREL_X86
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride), c = _mm_loadu_ps(from + 2 * from_stride),
+         d = _mm_loadu_ps(from + 3 * from_stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + to_stride, b);
+  _mm_storeu_ps(to + 2 * to_stride, c);
+  _mm_storeu_ps(to + 3 * to_stride, d);
+#else
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+
 // Row-major C [m, n] (+)= A^T B with A [k, m], m no more than a_stride, whose rows are whole cache lines. `turned` takes
 // a_stride k floats.
 void outer_product(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
                    bool add, float *c, int64_t c_stride, float *turned) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
+#if defined(CPUBLAS_BRGEMM_F32F32F32) && !defined(KESTREL_PORTABLE)
   if (has_small_products()) {
     const int64_t stride = padded(k);
     for (int64_t from = 0; from < k; from += LINE)
       for (int64_t column = 0; column < m; column += LINE) {
         const float *tile = a + from * a_stride + column;
         float *to = turned + column * stride + from;
-        const int64_t height = std::min(LINE, k - from);
-        for (int64_t j = 0; j < LINE; j++)
-          for (int64_t i = 0; i < height; i++) to[j * stride + i] = tile[i * a_stride + j];
+        if (k - from >= LINE)
+          for (int64_t i = 0; i < LINE; i += 4)
+            for (int64_t j = 0; j < LINE; j += 4) turn_4x4(tile + i * a_stride + j, a_stride, to + j * stride + i, stride);
+        else
+          for (int64_t j = 0; j < LINE; j++)
+            for (int64_t i = 0; i < k - from; i++) to[j * stride + i] = tile[i * a_stride + j];
       }
     at::native::cpublas::brgemm(m, n, k, stride, b_stride, c_stride, add, turned, b, c, false);
     return;
@@ -320,6 +343,7 @@ template <class Code> struct Kept {
   uint8_t *gate_flags;  // [T, rows, 4H]
   Code *c;              // [T + 1, rows, H], c[0] = 0
   uint8_t *cell_flags;  // [T, rows, H]
+  int64_t *outside;     // clipped inputs of each step
   Kept(const Problem &p, Arena &arena) {
     const Sizes size(p);
     const int64_t rows = (p.keep ? p.steps + 1 : 2) * size.rows;
@@ -329,6 +353,7 @@ template <class Code> struct Kept {
     gate_flags = arena.take<uint8_t>(rows * size.gates);
     c = arena.take<Code>(rows * size.width);
     cell_flags = arena.take<uint8_t>(rows * size.width);
+    outside = arena.take<int64_t>(p.keep ? p.steps : 2);
   }
 };
 
@@ -431,7 +456,14 @@ const float *weights_of(const Problem &p, int64_t block, int64_t step, int64_t p
   return wide;
 }
 
-// Returns whether an input is not a number.
+bool any_nan(const float *from, int64_t count) {
+  int found = 0;
+#pragma omp simd reduction(| : found)
+  for (int64_t i = 0; i < count; i++) found |= from[i] != from[i];
+  return found != 0;
+}
+
+// Returns whether an input, a weight or a range is not a number: codes could not carry it on.
 template <class Code> bool forward_task(const Problem &p, const Slice &s, char *saved, char *scratch) {
   Arena kept_arena{saved}, scratch_arena{scratch};
   const Kept<Code> kept(p, kept_arena);
@@ -453,12 +485,16 @@ template <class Code> bool forward_task(const Problem &p, const Slice &s, char *
   std::fill_n(kept.c, rows * width, Code(cell.a9.half));  // the code of zero
   std::fill_n(kept.h, rows * h_stride, 0.0f);
 
-  bool bad = false;
+  bool bad = any_nan(work.w_ih, (p.input + 1) * 4 * hidden) || any_nan(work.w_hh, (hidden + 1) * 4 * hidden) ||
+             any_nan(p.ranges, RANGES * p.blocks);
   for (int64_t step = 0; step < p.steps; step++) {
     const int64_t now = slot(p, step) * rows, next = slot(p, step + 1) * rows;
     const bool last = step + 1 == p.steps;
     float *x_now = kept.x + now * x_stride, *h_now = kept.h + now * h_stride;
-    bad |= input_loop(p.x + (s.start * p.steps + step) * p.input, p.steps * p.input, rows, p.input, q1, x_now, x_stride);
+    const int64_t outside = input_loop(p.x + (s.start * p.steps + step) * p.input, p.steps * p.input, rows, p.input, q1,
+                                       x_now, x_stride);
+    kept.outside[slot(p, step)] = outside;
+    bad |= outside < 0;
     for (int64_t row = 0; row < rows; row++) h_now[row * h_stride + width] = 1.0f;
     const float *w_ih = weights_of(p, s.block, step, 0, work.w_ih, work.noisy, work.wide_ih);
     small_product(rows, gates, p.input + 1, x_now, x_stride, w_ih, gates, work.raw1, gates);
@@ -467,7 +503,7 @@ template <class Code> bool forward_task(const Problem &p, const Slice &s, char *
       small_product(rows, gates, width + 1, h_now, h_stride, w_hh, gates, work.raw2, gates);
     else  // h = 0: the bias alone
       for (int64_t row = 0; row < rows; row++) std::copy_n(w_hh + width * gates, gates, work.raw2 + row * gates);
-    gate_loop(work.raw1, work.raw2, rows * gates, q12, q13, cell.a14, kept.code + now * gates,
+    gate_loop(work.raw1, work.raw2, rows, gates, q12, q13, cell.a14, kept.code + now * gates,
               kept.gate_flags + now * gates);
     cell_loop(kept.code + now * gates, rows, width, cell, kept.c + now * width, kept.c + next * width, work.h,
               last ? work.spare : kept.h + next * h_stride, last ? width : h_stride, kept.cell_flags + now * width, work.rows);
@@ -477,13 +513,12 @@ template <class Code> bool forward_task(const Problem &p, const Slice &s, char *
   return bad;
 }
 
-// Range a1 (and x itself where wanted) from the gradients of the input product in the steps `first`..`end`.
-void input_gradient(const Problem &p, const Slice &s, const BackwardScratch &work, int64_t first, int64_t end) {
+// Range a1 (and x itself where wanted) from the gradients of the input product in the steps `first`..`end`, whose inputs
+// were clipped `outside` times.
+void input_gradient(const Problem &p, const Slice &s, const BackwardScratch &work, int64_t first, int64_t end,
+                    int64_t outside) {
   const int64_t gates = Sizes(p).gates;
   const float limit = range_of(p, s.block, A1);
-  int64_t outside = 0;
-  for (int64_t row = s.start; row < s.start + s.rows; row++)
-    outside += loops().count_outside(p.x + (row * p.steps + first) * p.input, (end - first) * p.input, limit);
   if (!outside && !p.d_x) return;
   // A single entry costs a dot product; a matrix product runs about eight times faster per entry.
   const bool whole = p.d_x || outside * 8 > (end - first) * s.rows * p.input;
@@ -547,7 +582,9 @@ template <class Code> void backward_task(const Problem &p, const Slice &s, char 
                   gates, work.turned);
     outer_product(width + 1, gates, many, kept.h + first * rows * h_stride, h_stride, work.d2, gates, add, work.d_hh,
                   gates, work.turned);
-    input_gradient(p, s, work, first, end);
+    int64_t outside = 0;
+    for (int64_t step = first; step < end; step++) outside += kept.outside[step];
+    input_gradient(p, s, work, first, end, outside);
   }
 }
 

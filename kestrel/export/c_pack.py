@@ -1,0 +1,54 @@
+"""Integer constants as C reads them: weight rows packed at their bits, each row from a byte on (runtime/include/kestrel.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kestrel.export.c_memory import DIRECT
+from kestrel.quant.packing import pack
+
+KINDS = {"int4": "KESTREL_INT4", "int2": "KESTREL_INT2", "ternary": "KESTREL_TERNARY", "binary": "KESTREL_BINARY"}
+_TERNARY_WEIGHTS = 3 ** np.arange(4, -1, -1)  # of five digits, the first value is the most significant
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`array` int8, int16, int32 or uint8 [rows, elements or bytes of a row], and the fields of kestrel_weights."""
+
+    array: np.ndarray
+    kind: str
+    bits: int
+    field_bits: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.array.shape[1] * self.array.itemsize
+
+
+def pack_rows(values: np.ndarray, storage: str) -> Packed:
+    """Integer `values` [rows, length] in their storage (a key of STORAGE_BITS)."""
+    if storage in DIRECT:
+        bits = DIRECT[storage]
+        return Packed(values.astype(f"int{bits}"), "KESTREL_DIRECT", bits, 0)
+    if storage == "ternary":
+        return Packed(_ternary(values), KINDS[storage], 8, 0)
+    odd = storage.startswith("odd")
+    bits = 1 if storage == "binary" else int(storage[3:])
+    fields = (values - 1) // 2 if odd else values
+    rows = [np.frombuffer(pack(row, bits), np.uint8) for row in fields]
+    array = np.stack(rows) if rows else np.zeros((0, 0), np.uint8)
+    kind = "KESTREL_ODD" if odd else KINDS.get(storage, "KESTREL_FIELDS")
+    return Packed(array, kind, 8, 0 if kind in KINDS.values() else bits)
+
+
+def _ternary(values: np.ndarray) -> np.ndarray:
+    """Five values to a byte: with q = their number in base 3, ceil(256 q / 243), from which products with 3 give back
+    one digit after the other as whole parts.
+    """
+    rows, length = values.shape
+    digits = np.zeros((rows, -(-length // 5) * 5), np.int64)
+    digits[:, :length] = values + 1
+    numbers = digits.reshape(rows, -1, 5) @ _TERNARY_WEIGHTS
+    return (-(-numbers * 256 // 243)).astype(np.uint8)
