@@ -107,7 +107,7 @@ def extract(audio: AudioFile, frontend: Frontend, path: Path, progress: Progress
             f"front end {spec.name!r} expects {spec.sample_rate}"
         )
     note = frontend.describe_empty_filters()
-    if note:
+    if note and audio.split == "train":  # once for the three splits
         _log.info("%s", note)
     clips, samples = audio.shape
     writer = FeatureWriter(

@@ -70,6 +70,16 @@ class Cell:
     mask: Tensor | None = None
     noise: NoiseSource | None = None
 
+    @property
+    def trained(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors that learn: w_ih, w_hh, b_ih, b_hh, ranges."""
+        return self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.ranges
+
+    def detached(self) -> Cell:
+        """The same cell outside the graph."""
+        w_ih, w_hh, b_ih, b_hh, ranges = (tensor.detach() for tensor in self.trained)
+        return Cell(w_ih, w_hh, b_ih, b_hh, ranges, self.bits, self.device, self.mask, self.noise)
+
 
 def plain_lstm(x: Tensor, cell: Cell) -> Tensor:
     """The equations, one time step after the other: x [B, T, I] -> the last hidden state [N, B, H].

@@ -27,21 +27,22 @@ class _Levels:
         torch.div(x, self.step, out=out)
         return out.clamp_(1 - self.half, self.half - 1).round_().mul_(self.step)
 
-    def clipped(self, x: Tensor) -> Tensor:
-        """The sign of `x` where it is clipped, else 0 (as numbers)."""
-        return torch.clamp(x, -self.limit, self.limit).sub_(x).sign_().neg_()
+    def clipped(self, x: Tensor, out: Tensor) -> Tensor:
+        """The sign of `x` where it is clipped, else 0 (as numbers), into `out`."""
+        torch.clamp(x, -self.limit, self.limit, out=out)
+        return torch.sub(x, out, out=out).sign_()
 
-
-def _behind(grad: Tensor, clipped: Tensor, total: Tensor) -> Tensor:
-    """Gradient behind a clip (0 where clipped); `total` [..., N] takes up what the range gets."""
-    signed = grad * clipped
-    total += signed.sum((-2, -1))
-    return torch.addcmul(grad, signed, clipped, value=-1)
+    def behind(self, grad: Tensor, x: Tensor, total: Tensor, spare: Tensor, out: Tensor) -> Tensor:
+        """Gradient behind the clip of `x` into `out` (0 where clipped); `total` [..., N] takes up what the range gets."""
+        clipped = self.clipped(x, spare)
+        torch.mul(grad, clipped, out=out)
+        total += out.sum((-2, -1))
+        return torch.addcmul(grad, out, clipped, value=-1, out=out)
 
 
 class _Sequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_ih, w_hh, b_ih, b_hh, ranges, cell: Cell):
+    def forward(ctx, x, w_ih, w_hh, b_ih, b_hh, ranges, cell, keep):
         blocks, hidden = w_hh.shape[:2]
         batch, steps, width = x.shape
         bits, device = cell.bits, cell.device
@@ -70,7 +71,6 @@ class _Sequence(torch.autograd.Function):
         x_now = x.transpose(0, 1).unsqueeze(1).expand(steps, blocks, batch, width)
         inputs[..., :-1] = q_x(x_now, out=torch.empty_like(x_now, memory_format=torch.contiguous_format))
 
-        keep = any(ctx.needs_input_grad)
         slots = steps if keep else 1
         raw = x.new_empty(slots, 2, blocks, batch, 4 * hidden)  # crossbar outputs
         sums = x.new_empty(slots, blocks, batch, 4 * hidden)  # their quantised sum
@@ -84,13 +84,16 @@ class _Sequence(torch.autograd.Function):
         buffer, part, bent = torch.empty_like(raw[0]), torch.empty_like(parts[0]), torch.empty_like(totals[0])
         gate = torch.empty_like(active[0])
         h = torch.empty_like(totals[0])
+        now_ih, now_hh = full_ih, full_hh
+        if cell.noise is not None:
+            now_ih, now_hh = torch.empty_like(full_ih), torch.empty_like(full_hh)
         for step in range(steps):
             at = step if keep else 0
-            now_ih, now_hh = full_ih, full_hh
             if cell.noise is not None:
-                noise_ih, noise_hh = cell.noise("ih", step), cell.noise("hh", step)
-                now_ih = full_ih + torch.cat([noise_ih[0], noise_ih[1].unsqueeze(1)], dim=1)
-                now_hh = full_hh + torch.cat([noise_hh[0], noise_hh[1].unsqueeze(1)], dim=1)
+                for name, full, now in (("ih", full_ih, now_ih), ("hh", full_hh, now_hh)):
+                    weight_noise, bias_noise = cell.noise(name, step)
+                    torch.add(full[:, :-1], weight_noise, out=now[:, :-1])
+                    torch.add(full[:, -1], bias_noise, out=now[:, -1])
             torch.bmm(inputs[step], now_ih, out=raw[at, 0])
             torch.bmm(recurrent[at], now_hh, out=raw[at, 1])
             q_products(raw[at], out=buffer)
@@ -135,44 +138,44 @@ class _Sequence(torch.autograd.Function):
         dx = x.new_empty(steps, blocks, batch, x.shape[-1]) if ctx.needs_input_grad[0] else None
         x_clipped = bool((x.abs().amax() > q_x.limit).any())
         dh, dc = grad, torch.zeros_like(grad)
-        gate, slope, bent = torch.empty_like(active[0]), torch.empty_like(active[0]), torch.empty_like(totals[0])
-        d_gate, d_part = torch.empty_like(active[0]), torch.empty_like(parts[0])
-        q_shown_out = torch.empty_like(bent)
+        gate, slope, d_gate, wide = (torch.empty_like(active[0]) for _ in range(4))
+        bent, seen, d_shown, d_bent, d_total, narrow = (torch.empty_like(totals[0]) for _ in range(6))
+        d_part, d_raw = torch.empty_like(parts[0]), torch.empty_like(raw[0])
+        spare_part, spare_raw = torch.empty_like(parts[0]), torch.empty_like(raw[0])
+        d_i, d_j, d_f, d_o = d_gate.split(hidden, dim=-1)
         for step in reversed(range(steps)):
             i, j, f, o = q_active(active[step], out=gate).split(hidden, dim=-1)
             torch.tanh(states[step + 1], out=bent)
-            q_shown(bent, out=q_shown_out)
-            d_shown = _behind(dh, q_h.clipped(shown[step]), by_name["a11"])
-            d_bent = d_shown * o
+            q_shown(bent, out=seen)
+            q_h.behind(dh, shown[step], by_name["a11"], narrow, d_shown)
+            torch.mul(d_shown, o, out=d_bent)
             if shown_clips:
-                d_bent = _behind(d_bent, q_shown.clipped(bent), by_name["a10"])
-            d_state = dc.addcmul_(d_bent, bent.square_().neg_().add_(1))
-            d_total = _behind(d_state, q_c.clipped(totals[step]), by_name["a9"])
-            d_part = _behind(d_total.expand_as(d_part), q_cell.clipped(parts[step]), cells)
-            d_i, d_j, d_f, d_o = d_gate.split(hidden, dim=-1)
+                q_shown.behind(d_bent.clone(), bent, by_name["a10"], narrow, d_bent)
+            dc.addcmul_(d_bent, bent.square_().neg_().add_(1))
+            q_c.behind(dc, totals[step], by_name["a9"], narrow, d_total)
+            q_cell.behind(d_total, parts[step], cells, spare_part, d_part)
             torch.mul(d_part[1], j, out=d_i)
             torch.mul(d_part[1], i, out=d_j)
             torch.mul(d_part[0], states[step], out=d_f)
-            torch.mul(d_shown, q_shown_out, out=d_o)
-            dc = d_part[0] * f
-            d_active = d_gate
+            torch.mul(d_shown, seen, out=d_o)
+            torch.mul(d_part[0], f, out=dc)
             if gates_clip:
-                signed = d_gate * q_active.clipped(active[step])
+                signed = d_gate * q_active.clipped(active[step], wide)
                 for name, part in zip(("a4", "a5", "a3", "a6"), signed.split(hidden, dim=-1), strict=True):
                     by_name[name] += part.sum((-2, -1))
-                d_active = torch.where(signed != 0, 0, d_gate)
+                d_gate.masked_fill_(signed != 0, 0)
             value = active[step]
             torch.addcmul(value, value, value, value=-1, out=slope)  # s (1 - s)
             tanh = value[..., hidden : 2 * hidden]
             slope[..., hidden : 2 * hidden] = 1 - tanh * tanh
-            d_sum = slope.mul_(d_active)
-            d_sum = _behind(d_sum, q_gates.clipped(sums[step]), by_name["a14"])
-            d1, d2 = _behind(d_sum.expand(2, -1, -1, -1), q_products.clipped(raw[step]), products)
+            q_gates.behind(slope.mul_(d_gate), sums[step], by_name["a14"], wide, gate)
+            d1, d2 = q_products.behind(gate, raw[step], products, spare_raw, d_raw)
             torch.baddbmm(d_full_ih, inputs[step].transpose(1, 2), d1, out=d_full_ih)
             torch.baddbmm(d_full_hh, recurrent[step].transpose(1, 2), d2, out=d_full_hh)
             if x_clipped or dx is not None:
                 d_x = torch.bmm(d1, back_ih.transpose(1, 2))
-                d_x = _behind(d_x, q_x.clipped(x[:, step].unsqueeze(0)), by_name["a1"])
+                x_now = x[:, step].expand_as(d_x)
+                q_x.behind(d_x.clone(), x_now, by_name["a1"], torch.empty_like(d_x), d_x)
                 if dx is not None:
                     dx[step] = d_x
             if step:
@@ -182,11 +185,10 @@ class _Sequence(torch.autograd.Function):
         d_hh = d_full_hh[:, :-1] if mask is None else d_full_hh[:, :-1] * mask
         to_x = dx.sum(1).transpose(0, 1) if dx is not None else None
         ranges = torch.stack(list(by_name.values()))
-        return to_x, d_full_ih[:, :-1], d_hh, d_full_ih[:, -1], d_full_hh[:, -1], ranges, None
+        return to_x, d_full_ih[:, :-1], d_hh, d_full_ih[:, -1], d_full_hh[:, -1], ranges, None, None
 
 
 def fused_lstm(x: Tensor, cell: Cell) -> Tensor:
     """x [B, T, I] -> the last hidden state [N, B, H]; the same values as `plain_lstm`."""
-    weights = (cell.w_ih, cell.w_hh, cell.b_ih, cell.b_hh, cell.ranges)
-    inner = Cell(*(tensor.detach() for tensor in weights), cell.bits, cell.device, cell.mask, cell.noise)
-    return _Sequence.apply(x, *weights, inner)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cell.trained))
+    return _Sequence.apply(x, *cell.trained, cell.detached(), keep)

@@ -12,7 +12,7 @@ import math
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def available() -> bool:
 class _Buffer:
     """Memory that goes back to a pool when its last user is gone: fresh memory would cost a page fault per 4 KiB."""
 
-    _free: defaultdict[int, list[Tensor]] = defaultdict(list)
+    _free: ClassVar[defaultdict[int, list[Tensor]]] = defaultdict(list)
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -155,7 +155,7 @@ def _problem(x: Tensor, cell: Cell, deviation: float, seed: int, keep: bool) -> 
 
 class _Sequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_ih, w_hh, b_ih, b_hh, ranges, cell: Cell, deviation: float, seed: int, keep: bool):
+    def forward(ctx, x, w_ih, w_hh, b_ih, b_hh, ranges, cell, deviation, seed, keep):
         library = _library()
         device = cell.device
         back_ih, back_hh = device.clamped(w_ih, b_ih)[0], device.clamped(w_hh, b_hh)[0]
@@ -215,27 +215,20 @@ def native_lstm(x: Tensor, cell: Cell, deviation: float = 0.0, seed: int | None 
     `deviation`: standard deviation of the weight noise; its values depend on `seed` alone (drawn from torch's default
     generator where None). `cell.noise` is not used.
     """
+    if x.dim() != 3 or x.shape[2] != cell.w_ih.shape[1] or x.numel() == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; wanted a filled [B, T, {cell.w_ih.shape[1]}]")
     if deviation > 0 and seed is None:
         seed = int(torch.randint(2**62, (), dtype=torch.int64))
-    weights = (cell.w_ih, cell.w_hh, cell.b_ih, cell.b_hh, cell.ranges)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
-    inner = Cell(*(tensor.detach() for tensor in weights), cell.bits, cell.device, cell.mask)
-    return _Sequence.apply(x, *weights, inner, float(deviation), seed or 0, keep)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cell.trained))
+    return _Sequence.apply(x, *cell.trained, cell.detached(), float(deviation), seed or 0, keep)
 
 
 def native_noise(x: Tensor, cell: Cell, deviation: float, seed: int, product: str, step: int) -> tuple[Tensor, Tensor]:
     """The noise of a forward pass over `x`, on the weights and biases of product `ih` or `hh` at time step `step`."""
     library = _library()
     problem = _problem(x, cell, deviation, seed, False)
-    weight, bias = {"ih": (cell.w_ih, cell.b_ih), "hh": (cell.w_hh, cell.b_hh)}[product]
+    weight = {"ih": cell.w_ih, "hh": cell.w_hh}[product]
     noise = torch.empty(weight.shape[0], weight.shape[1] + 1, weight.shape[2])
     for block in range(weight.shape[0]):
         library.kestrel_noise(problem, block, step, int(product == "hh"), noise[block].data_ptr())
     return noise[:, :-1].contiguous(), noise[:, -1].contiguous()
-
-
-def memory(x: Tensor, cell: Cell) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for its backward pass, and bytes of scratch memory."""
-    library = _library()
-    problem = _problem(x, cell, 1.0, 0, True)
-    return library.kestrel_saved_bytes(problem), library.kestrel_scratch_bytes(problem)

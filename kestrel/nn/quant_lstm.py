@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from kestrel.errors import KestrelError
 from kestrel.nn import native
 from kestrel.nn.cell import RANGES, ROW, Bits, Cell, plain_lstm
 from kestrel.nn.crossbar import Device, crossbar, draw_noise, uniform
@@ -39,17 +40,23 @@ class QuantLSTM(nn.Module):
         self.project()
 
     def forward(self, x: Tensor, drop_p: float = 0.0, noise: float = 0.0) -> Tensor:
-        """Args: `drop_p` DropConnect probability of w_hh; `noise` standard deviation as a fraction of max_w."""
+        """Args: `drop_p` DropConnect probability of w_hh; `noise` standard deviation as a fraction of max_w.
+
+        Raises KestrelError where x has another number of features.
+        """
+        if not plain_ops() and x.shape[-1] != self.w_ih.shape[1]:
+            raise KestrelError(f"features have {x.shape[-1]} values per frame, the network takes {self.w_ih.shape[1]}")
         cell = Cell(self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.ranges, self.bits, self.device)
         if drop_p > 0:  # one mask per pass and block, shared over time, without rescaling
             cell.mask = (torch.rand_like(self.w_hh) >= drop_p).to(self.w_hh.dtype)
         deviation = noise * self.device.max_w
-        if not plain_ops() and x.device.type == "cpu" and x.dtype == torch.float32 and native.available():
+        plain = plain_ops() or x.numel() == 0
+        if not plain and x.device.type == "cpu" and x.dtype == torch.float32 and native.available():
             return native.native_lstm(x, cell, deviation)
         if noise > 0:
             weights = {"ih": (self.w_ih, self.b_ih), "hh": (self.w_hh, self.b_hh)}
             cell.noise = lambda name, step: draw_noise(*weights[name], deviation)
-        return plain_lstm(x, cell) if plain_ops() else fused_lstm(x, cell)
+        return plain_lstm(x, cell) if plain else fused_lstm(x, cell)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -19,6 +19,7 @@ from kestrel.settings import build, dump_yaml, load_yaml, merge, parse_assignmen
 from kestrel.store.hashing import sha256_json
 from kestrel.train.spec import PhaseSpec, TrainSpec
 
+DESCRIPTIONS = ("summary", "try")  # of a recipe.yaml, for people
 SECTIONS = ("frontend", "feature", "augment", "model", "train", "retrain", "score", "export")
 
 
@@ -257,7 +258,8 @@ def resolve(root: Path, options: Options, start: Path) -> Config:
         raise unknown("variant", variant, available)
     folder = root / "recipes" / options.recipe
     data = load_yaml(folder / "recipe.yaml")
-    data.pop("summary", None)
+    for key in DESCRIPTIONS:
+        data.pop(key, None)
     for key in data:
         if key not in SECTIONS:
             raise unknown("key", f"{folder.name}/recipe.yaml: {key}", SECTIONS)

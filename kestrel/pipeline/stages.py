@@ -237,7 +237,8 @@ def inputs_of(run: Run, stage: str) -> dict[str, str | None]:
         checkpoint: str | None = _file_id(run, path) if path.exists() else None
     else:
         checkpoint = result_id(run.out(name))
-    return {**features((config.score.split,)), name: checkpoint}
+    # The scale of the integer model comes from validation features.
+    return {**features(tuple(dict.fromkeys(("validation", config.score.split)))), name: checkpoint}
 
 
 _MADE_BY = {"download": 0, "prepare": 1, "feature": 2, "pretrain": 3, "retrain": 4}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kestrel.pipeline.console import duration
 from kestrel.pipeline.stages import STAGES, Run, done_file
 from kestrel.pipeline.work import stage_seconds
+from kestrel.settings import load_yaml
 from kestrel.store.atomic import read_json
 
 
@@ -38,10 +39,9 @@ def summary(run: Run) -> str:
     if done_file(run.out("export")).exists():
         lines.append(f"  files       {place}/export/ (start with card.md)")
     lines.append(f"  logs        {place}/log/")
-    lines.append(
-        "  try next    ./run.sh --corpus path/to/your/folder --variant mini     your own keywords, in GSC layout"
-    )
-    if run.config.model is not None and hasattr(run.config.model, "n_msb"):
-        lines.append("              ./run.sh --set model.n_msb=1 --tag one-block             one block instead of four")
-    lines.append("              ./run.sh --help                                          all options and settings")
+    recipe = load_yaml(run.root / "recipes" / run.config.recipe / "recipe.yaml")
+    hints = {**recipe.get("try", {}), "./run.sh --help": "all options and settings"}
+    width = max(map(len, hints))
+    for number, (command, text) in enumerate(hints.items()):
+        lines.append(f"  {'' if number else 'try next':<11} {command:<{width}}   {text}")
     return "\n".join(lines) + "\n"

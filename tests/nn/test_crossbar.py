@@ -11,7 +11,9 @@ from kestrel.nn.crossbar import Device, crossbar, draw_noise
 
 def problem(dtype=torch.float32, scale: float = 0.3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    x, weight, bias = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((2, 4, 5), (2, 5, 3), (2, 3)))
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((2, 4, 5), (2, 5, 3), (2, 3))
+    )
     return x, weight * scale, bias * 2
 
 

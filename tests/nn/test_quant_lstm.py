@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from kestrel.errors import KestrelError
 from kestrel.nn import build, native
 from kestrel.nn.cell import RANGES, ROW, Bits, Cell, plain_lstm
 from kestrel.nn.crossbar import Device, draw_noise
@@ -233,12 +234,15 @@ def test_gradient_of_the_input(native_library, path: str) -> None:
     torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-6 * reference.grad.abs().max().item())
 
 
-def test_native_without_gradients_keeps_nothing_and_agrees(native_library) -> None:
+@pytest.mark.parametrize("path", ["fused", "native"])
+def test_results_without_gradients_agree(native_library, path: str) -> None:
+    """Without a backward pass, two steps take turns in memory."""
     x, cell, _ = make(steps=20)
+    compute = fused_lstm if path == "fused" else native_path(0.02)
     with torch.no_grad():
-        assert torch.equal(native_path(0.02)(x, cell), native_path(0.02)(x, cell))
-        quiet = native_path(0.0)(x, cell)
-    assert torch.equal(quiet, native_path(0.0)(x, cell).detach())
+        quiet = compute(x, cell)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, compute(x, cell).detach())
 
 
 def test_native_passes_may_overlap(native_library) -> None:
@@ -322,6 +326,18 @@ def test_module_paths_agree(native_library, monkeypatch) -> None:
     monkeypatch.setenv("KESTREL_NATIVE", "0")
     assert not native.available()
     assert torch.equal(net(x), fast)
+
+
+def test_module_input(native_library) -> None:
+    net = module()
+    assert net(torch.randn(0, 8, 13)).shape == (2, 0, 21)
+    turned = torch.randn(8, 6, 13).transpose(0, 1)  # not contiguous
+    assert torch.equal(net(turned), net(turned.contiguous()))
+    with pytest.raises(KestrelError, match="12 values per frame, the network takes 13"):
+        net(torch.randn(6, 8, 12))
+    x, cell, _ = make()
+    with pytest.raises(ValueError, match="wanted"):
+        native.native_lstm(x[..., :-1], cell)
 
 
 def test_module_projects() -> None:

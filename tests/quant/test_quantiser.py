@@ -85,7 +85,10 @@ def test_gradient_is_straight_through_also_outside() -> None:
 
 
 def test_clip_equals_its_equation() -> None:
-    x, a = torch.randn(3, 5, 7, dtype=torch.float64) * 2, torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).view(3, 1, 1)
+    x, a = (
+        torch.randn(3, 5, 7, dtype=torch.float64) * 2,
+        torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).view(3, 1, 1),
+    )
     torch.testing.assert_close(pact(x, a), x.sign() * 0.5 * (x.abs() - (x.abs() - a).abs() + a))
 
 
