@@ -17,7 +17,7 @@ class CorpusSpec:
     dir: str | None = setting(None, "the user's folder in GSC layout (kind folder); it is never changed")
     test_dir: str | None = setting(None, "a separate folder of test clips in GSC layout")
     archives: list[str] = setting([], "archives of conf/corpora.yaml that make up the corpus (kind archive)")
-    speakers: int = setting(220, "speakers of a synthetic corpus", min=1)
+    speakers: int = setting(200, "speakers of a synthetic corpus", min=1)
     keyword_takes: int = setting(3, "clips of each keyword a synthetic speaker says", min=1)
     seed: int = setting(0, "seed of a synthetic corpus", min=0)
 
