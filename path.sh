@@ -72,6 +72,9 @@ make_environment() { # make_environment EXTRAS: .venv with the packages of pypro
   else
     say "Updating .venv (${extras})"
   fi
+  if ! command -v cc >/dev/null 2>&1 || ! command -v make >/dev/null 2>&1; then
+    say "No C compiler (cc, make): training will be slower and stage 6 cannot check its C program: apt-get install g++ make"
+  fi
   pip_install .venv/bin/python --editable ".[$extras]" ||
     die "the set-up failed: see pip's message above, then run the same command again"
   .venv/bin/python -m kestrel.nn.build >&2
