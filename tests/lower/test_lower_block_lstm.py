@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -259,33 +258,3 @@ def test_feature_scale_covers_the_training_split() -> None:
     scale = feature_scale_of(_Rows(values), batch=128)
     assert np.log2(scale).is_integer()
     assert 1.5 * np.abs(values).max() <= 32767 * scale < 3.01 * np.abs(values).max()
-
-
-REAL = Path(__file__).resolve().parents[2] / "exp/iscas21_lstm/mini-mini-12-seed0/retrain/best.pt"
-CLIPS = Path(__file__).resolve().parents[2] / "feat/mini/mini-12/iscas21"
-
-
-@pytest.mark.skipif(
-    not (REAL.exists() and CLIPS.exists()), reason="run ./run.sh once: no trained checkpoint of corpus mini"
-)
-def test_a_trained_network_on_its_test_clips() -> None:
-    from kestrel.store.checkpoint import load
-    from kestrel.store.hdf5 import FeatureFile
-
-    content = load(REAL)
-    who = content["identity"]
-    post = Post(who["post"], tuple(who["input_shape"]))
-    net = BlockLSTM(input_size=post.output_shape[1], classes=len(who["classes"]), **who["model"])
-    spotter = KeywordSpotter(post, net)
-    spotter.load_state_dict(content["model"])
-    net.set_phase("eval")
-    with FeatureFile(CLIPS / "train.h5") as file:
-        graph = lower(spotter, feature_scale_of(file))
-    with FeatureFile(CLIPS / "test.h5") as file:
-        logits, real = predict_codes(graph, file), file.rows(np.arange(len(file)))
-        labels = file.labels
-    with decoded_weights(net, weight_codes(net, 8)), noise_off(net), torch.no_grad():
-        fake = spotter.double()(torch.from_numpy(real).double()).numpy()
-    here, there = logits.argmax(1) == labels, fake.argmax(1) == labels
-    assert abs(here.mean() - there.mean()) <= 0.003  # one clip of 384 is 0.26 points
-    assert (logits.argmax(1) == fake.argmax(1)).mean() >= 0.99
