@@ -219,14 +219,18 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_clips(tmp_path: Path) -> None:
-    """Peak memory of packing and extracting N and 4 N clips: 3 N clips are 77 MB of audio, 39 MB of features."""
+    """Peak memory of packing and extracting N and 8 N clips: 7 N clips are 179 MB of audio, 90 MB of features.
+
+    Names and labels take about 2 kB a clip (11 MB here), and the peak varies by some 10 MB from run to run.
+    """
     soundfile.write(tmp_path / "clip.wav", np.ones(16000, np.int16), 16000)
     peaks = []
-    for count in (800, 3200):
+    for count in (800, 6400):
         done = subprocess.run(
             [sys.executable, "-c", PEAK, tmp_path, str(count)], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout) * (1 if sys.platform == "darwin" else 1024))
-    assert peaks[1] - peaks[0] < 12e6
+        peaks.append(int(done.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 40e6

@@ -139,6 +139,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_training_on_36923_clips(tmp_path: Path) -> None:
     """At most 1.5 GB in all (the clips alone would take 0.58 GB as float32)."""
     draw = np.random.default_rng(0)
