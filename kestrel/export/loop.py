@@ -66,7 +66,7 @@ class _LoopLSTM(nn.Module):
         super().__init__()
         w_ih, b_ih = lstm.device.stored(lstm.w_ih.detach(), lstm.b_ih.detach())
         w_hh, b_hh = lstm.device.stored(lstm.w_hh.detach(), lstm.b_hh.detach())
-        ranges = lstm.ranges.detach()[[ROW[name] for name in _ORDER]].unsqueeze(-1).unsqueeze(-1)  # [13, N, 1, 1]
+        ranges = lstm.ranges_in_use().detach()[[ROW[name] for name in _ORDER]].unsqueeze(-1).unsqueeze(-1)  # [13, N, 1, 1]
         self.tensors = [w_ih, w_hh, b_ih.unsqueeze(1), b_hh.unsqueeze(1), ranges]
         self.bits = (lstm.bits.inp or 0, lstm.bits.mvm or 0, lstm.bits.nm or 0)
 

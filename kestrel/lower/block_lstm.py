@@ -58,13 +58,14 @@ def lower_block_lstm(program: Program, x: View, net: BlockLSTM, weight_bits: int
         if value is None:
             raise KestrelError(f"the model has analog signals, which have no integers: set model.{name} to 2..16")
     codes = weight_codes(net, weight_bits)
-    ranges = {name: net.lstm.ranges[row].detach().double().tolist() for name, row in ROW.items()}
+    limits = net.lstm.ranges_in_use().detach().double()
+    ranges = {name: limits[row].tolist() for name, row in ROW.items()}
     body = Program()
     step = body.input("x", Tensor(*_frame(program, x)))
     states: list[State] = []
     for block in range(net.blocks):
-        limits = {name: values[block] for name, values in ranges.items()}
-        states += _Cell(net, block, limits, codes).add(body, step, x)
+        own = {name: values[block] for name, values in ranges.items()}
+        states += _Cell(net, block, own, codes).add(body, step, x)
     last = tuple(f"block{block}.h" for block in range(net.blocks))
     scan = Scan(
         inputs=(x.name,),

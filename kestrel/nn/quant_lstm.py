@@ -12,7 +12,7 @@ from kestrel.nn import native
 from kestrel.nn.cell import RANGES, ROW, Bits, Cell, plain_lstm
 from kestrel.nn.crossbar import Device, crossbar, draw_noise, uniform
 from kestrel.nn.fused import fused_lstm
-from kestrel.quant.quantiser import MIN_RANGE, clip_quantise, plain_ops
+from kestrel.quant.quantiser import MIN_RANGE, clip_quantise, plain_ops, shared_range
 
 
 class QuantLSTM(nn.Module):
@@ -46,7 +46,7 @@ class QuantLSTM(nn.Module):
         """
         if not plain_ops() and x.shape[-1] != self.w_ih.shape[1]:
             raise KestrelError(f"features have {x.shape[-1]} values per frame, the network takes {self.w_ih.shape[1]}")
-        cell = Cell(self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.ranges, self.bits, self.device)
+        cell = Cell(self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.ranges_in_use(), self.bits, self.device)
         if drop_p > 0:  # one mask per pass and block, shared over time, without rescaling
             cell.mask = (torch.rand_like(self.w_hh) >= drop_p).to(self.w_hh.dtype)
         deviation = noise * self.device.max_w
@@ -57,6 +57,11 @@ class QuantLSTM(nn.Module):
             weights = {"ih": (self.w_ih, self.b_ih), "hh": (self.w_hh, self.b_hh)}
             cell.noise = lambda name, step: draw_noise(*weights[name], deviation)
         return plain_lstm(x, cell) if plain else fused_lstm(x, cell)
+
+    def ranges_in_use(self) -> Tensor:
+        """The ranges [13, N] that signals are quantised with: h, which goes to two quantisers, has a shared range."""
+        row = ROW["a11"]
+        return torch.cat([self.ranges[:row], shared_range(self.ranges[row : row + 1]), self.ranges[row + 1 :]])
 
     @torch.no_grad()
     def project(self) -> None:

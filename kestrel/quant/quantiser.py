@@ -7,12 +7,19 @@ whose range learns from the values that it clips.
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kestrel.errors import UsageError
 
 MIN_BITS, MAX_BITS = 2, 16
+
+# Significant bits of a range that two quantisers of different bits share. Codes of up to 11 bits times such a range are
+# exact in float32, so that a value half-way between two levels of the coarser one is so in float32 as in integers.
+RANGE_BITS = 14
 
 # Trainable ranges are kept at or above this bound: a range of zero or less would divide by zero or flip signs.
 MIN_RANGE = 0.01
@@ -36,6 +43,30 @@ def round_to_level(x: Tensor, bits: int | None, limit: Tensor | float) -> Tensor
     # multiplication by 1 / step would move ties, which are common where x lies on a finer grid of the same range.
     step = limit * (1 / half)
     return (x / step).clamp(1 - half, half - 1).round() * step
+
+
+class _RoundRange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, limit):
+        mantissa, exponent = torch.frexp(limit)
+        return torch.ldexp((mantissa * 2**RANGE_BITS).round() / 2**RANGE_BITS, exponent)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def shared_range(limit: Tensor) -> Tensor:
+    """`limit` (any shape) rounded to RANGE_BITS significant bits, for signals that are quantised twice over one range.
+
+    The gradient goes straight through, and the parameter itself keeps all its bits, or small steps would be lost.
+    """
+    if plain_ops():  # a constant of the trace
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            mantissa, exponent = np.frexp(limit.detach().numpy())
+        return torch.from_numpy(np.ldexp(np.rint(mantissa * 2**RANGE_BITS) / 2**RANGE_BITS, exponent))
+    return _RoundRange.apply(limit)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kestrel.errors import UsageError
-from kestrel.quant.quantiser import MIN_RANGE, Quantiser, check_bits, clip_quantise, pact, quantise
+from kestrel.quant.quantiser import (
+    MIN_RANGE,
+    RANGE_BITS,
+    Quantiser,
+    check_bits,
+    clip_quantise,
+    pact,
+    quantise,
+    shared_range,
+)
 
 
 def literal(x: float, bits: int, limit: float) -> float:
@@ -60,6 +70,24 @@ def test_levels_of_a_finer_grid_meet_exact_ties(limit: float) -> None:
     codes = torch.arange(-127, 128)
     fine = quantise(codes / 128 * limit, 8, torch.tensor(limit))
     assert torch.equal(quantise(fine, 4, torch.tensor(limit)), (codes / 16).round().clamp(-7, 7) / 8 * limit)
+
+
+@given(st.floats(0.01, 200))
+def test_shared_range_keeps_ties_between_two_quantisers_exact(limit: float) -> None:
+    """Codes of 8 bits requantised to 4 over one range: float32 agrees with integers, ties to even included."""
+    shared = shared_range(torch.tensor([limit]))
+    assert abs(float(shared) / limit - 1) <= 2.0**-RANGE_BITS
+    assert torch.equal(shared_range(shared), shared)
+    codes = torch.arange(-127, 128)
+    fine = quantise(codes * (shared / 128), 8, shared)
+    coarse = torch.round(quantise(fine, 4, shared) / (shared / 8))
+    assert torch.equal(coarse.int(), torch.from_numpy(np.clip(np.rint(codes.numpy() / 16), -7, 7)).int())
+
+
+def test_shared_range_learns_by_every_bit() -> None:
+    limit = torch.tensor([3.7, 0.013], requires_grad=True)
+    (shared_range(limit) * torch.tensor([2.0, 5.0])).sum().backward()
+    assert limit.grad.tolist() == [2, 5]
 
 
 @given(st.floats(0.01, 50), st.integers(2, 16), st.integers(0, 2**31 - 1))
