@@ -1,16 +1,21 @@
-"""Time of one inference on the host: the generated C (-O3) against onnxruntime int8, batch 1, one thread, same networks.
+"""Time of one inference on the host: the generated C against onnxruntime int8 and TensorFlow Lite Micro, batch 1, one thread.
 
-    python bench/bench_c_runtime.py [--seconds 1]
+    python bench/bench_c_runtime.py [--seconds 1] [--tflm-python <venv>/bin/python]
 
-Networks have random weights; time does not depend on them. onnxruntime runs the same float network after its own static
-QDQ quantisation (convolutions) or dynamic quantisation (LSTM), and as float for comparison. Median of repeated runs,
-both sides in turns.
+The same networks on all sides, with random weights; time does not depend on them. Ours is compiled with -O3: as plain C, and
+with each set of vector kernels that the processor has. onnxruntime runs the float network after its own static QDQ
+quantisation (convolutions) or dynamic quantisation (LSTM), and as float for comparison. Median of repeated runs, candidates
+in turns; TFLM, which runs in a process of its own, directly before them. Calls come from Python, which costs onnxruntime some
+microseconds more than the others. --tflm-python: a Python with tflite-micro and tensorflow-cpu, of an environment apart.
+Where qemu and the cross compilers are installed, instructions per inference of emulated microcontrollers follow.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,7 +43,14 @@ from kestrel.lower.tensor import Tensor
 
 FRAMES, WIDTH, CLASSES = 49, 10, 12
 SCALE = 2.0**-11
-FLAGS = {"C -O3": ["-O3"], "C -O3 -march=native": ["-O3", "-march=native"]}
+FLAGS = ["-std=c99", "-O3"]
+VECTORS = ("avx2", "avx512", "neon")
+KERNELS = ["kestrel_ops.c", "kestrel_isa.c", "kestrel_avx2.c", "kestrel_avx512.c", "kestrel_neon.c"]
+RUNTIME = Path(__file__).parents[1] / "runtime"
+DEVICES = {
+    "rv32imc": ("riscv64-unknown-elf-gcc", "qemu-system-riscv32"),
+    "cortex-m": ("arm-none-eabi-gcc", "qemu-system-arm"),
+}
 
 
 class Lstm(nn.Module):
@@ -116,22 +128,80 @@ def rivals(net: nn.Module, features: np.ndarray, folder: Path) -> dict[str, Call
     return {name: (lambda run=found: run.run(None, row)) for name, found in made.items()}
 
 
+def processor() -> tuple[str, set[str]]:
+    """Name and flags of this processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return fields.get("model name", "unknown processor"), set(fields.get("flags", fields.get("Features", "")).split())
+
+
+def vector_sets() -> list[str]:
+    """Names of the vector kernels that run here."""
+    flags = processor()[1]
+    needed = {"avx2": {"avx2"}, "avx512": {"avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}, "neon": {"asimd"}}
+    return [name for name in VECTORS if needed[name] <= flags]
+
+
 def ours(graph: IntegerGraph, codes: np.ndarray, folder: Path) -> dict[str, Callable[[], object]]:
     """The generated C as shared libraries, checked on one clip before it is timed."""
     write_c(generate(graph), folder)
     found: dict[str, Callable[[], object]] = {}
     clip = np.ascontiguousarray(codes[0], np.int16)
     logits = np.zeros(CLASSES, np.int32)
-    for name, flags in FLAGS.items():
-        library = folder / f"model{len(found)}.so"
-        command = ["gcc", "-std=c99", *flags, "-shared", "-fPIC", "-o", str(library), "model.c", "kestrel_ops.c"]
+    for isa in ["", *vector_sets()]:
+        library = folder / f"model-{isa or 'plain'}.so"
+        sources = ["model.c", *(KERNELS if isa else KERNELS[:1])]
+        command = [
+            "gcc",
+            *FLAGS,
+            *(["-DKESTREL_SIMD"] if isa else []),
+            "-shared",
+            "-fPIC",
+            "-o",
+            str(library),
+            *sources,
+        ]
         subprocess.run(command, cwd=folder, check=True)
+        os.environ["KESTREL_ISA"] = isa  # is read at the first inference
         run = ctypes.CDLL(str(library)).kestrel_model_run
         arguments = ctypes.c_void_p(clip.ctypes.data), ctypes.c_void_p(logits.ctypes.data)
         run(*arguments)
         assert (logits == graph.run(codes[:1])[graph.outputs[0]][0]).all()
+        name = f"C {isa}" if isa else "C portable"
         found[name] = lambda run=run, arguments=arguments, kept=(clip, logits): run(*arguments)
     return found
+
+
+def tflm(python: str, name: str, folder: Path, seconds: float) -> float | str:
+    """Microseconds of TensorFlow Lite Micro, or why there are none."""
+    script, path = str(Path(__file__).with_name("tflm_peer.py")), str(folder / "model.tflite")
+    for step in (["convert", name, path], ["run", path, str(seconds)]):
+        done = subprocess.run([python, script, *step], capture_output=True, text=True)
+        if done.returncode:
+            reason = "the converter" if step[0] == "convert" else "the interpreter"
+            return f"not measured: {reason} ends with status {done.returncode}"
+    return float(done.stdout.split()[-1])
+
+
+def instructions(device: str, folder: Path, codes: np.ndarray) -> str:
+    """Instructions of one inference on an emulated microcontroller, after Makefile and sample of runtime/targets."""
+    for source in (
+        RUNTIME / "targets" / "sample.c",
+        RUNTIME / "targets" / "device.mk",
+        RUNTIME / "targets" / device / "Makefile",
+    ):
+        if source.exists():
+            shutil.copy(source, folder / source.name)
+    row = ", ".join(map(str, codes[0].reshape(-1).tolist()))
+    (folder / "sample.h").write_text(
+        f"#define CLIPS 1\nstatic const int16_t clips[CLIPS][KESTREL_MODEL_FEATURES] = {{{{{row}}}}};\n"
+    )
+    done = subprocess.run(["make", "-s", "-C", str(folder), "run"], capture_output=True, text=True)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("instructions")]
+    for path in folder.glob("*.o"):
+        path.unlink()
+    return lines[-1].split()[1] if lines else "failed"
 
 
 def medians(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -151,12 +221,19 @@ def medians(candidates: dict[str, Callable[[], object]], seconds: float) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="time per candidate and network")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--tflm-python", help="a Python with tflite-micro and tensorflow-cpu")
+    options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     features = torch.randn(32, FRAMES, WIDTH).cumsum(1) * 0.3
-    nets = {"LSTM 32": Lstm(32), "LSTM 118": Lstm(118), "DS-CNN 64 x 4": DsCnn()}
-    print("| network | candidate | microseconds | times onnxruntime int8's speed |\n|---|---|---|---|")
+    nets = {"lstm-32": Lstm(32), "lstm-118": Lstm(118), "ds-cnn": DsCnn()}
+    devices = [name for name, tools in DEVICES.items() if all(map(shutil.which, (*tools, "make")))]
+    compiler = subprocess.run(["gcc", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    print(
+        f"{processor()[0]}; {compiler}, {' '.join(FLAGS)}; onnxruntime {onnxruntime.__version__}; load {os.getloadavg()[0]:.1f}"
+    )
+    print("\n| network | candidate | microseconds | onnxruntime int8's time / this time |\n|---|---|---|---|")
+    counted = []
     for title, net in nets.items():
         net.eval()
         with tempfile.TemporaryDirectory() as name:
@@ -164,9 +241,17 @@ def main() -> None:
             graph = graph_of(net, features)
             codes = input_codes(features.numpy(), graph.tensors["features"])
             candidates = {**ours(graph, codes, folder / "c"), **rivals(net, features.numpy(), folder)}
-            found = medians(candidates, seconds)
+            peer = tflm(options.tflm_python, title, folder, options.seconds) if options.tflm_python else "not asked for"
+            found: dict[str, float | str] = {**medians(candidates, options.seconds), "TFLite Micro int8": peer}
+            counted += [(title, device, instructions(device, folder / "c", codes)) for device in devices]
+        base = found["onnxruntime int8"]
         for candidate, value in found.items():
-            print(f"| {title} | {candidate} | {value:.0f} | {found['onnxruntime int8'] / value:.2f} |", flush=True)
+            ratio = f"{value:.1f} | {base / value:.2f}" if isinstance(value, float) else f"{value} | -"
+            print(f"| {title} | {candidate} | {ratio} |", flush=True)
+    if counted:
+        print("\n| network | emulated | instructions per inference |\n|---|---|---|")
+    for row in counted:
+        print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

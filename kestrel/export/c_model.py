@@ -1,21 +1,24 @@
 """An integer graph as C99 source: model.c and model.h on top of runtime/include/kestrel.h.
 
 The source is readable and the same for the same graph: one constant descriptor and one call per op, weights packed at
-their bits, all tensors in one static arena (c_memory).
+their bits, all tensors in one static arena (kestrel.lower.memory).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kestrel.errors import KestrelError
 from kestrel.export.c_frontend import WavInput
-from kestrel.export.c_memory import (
+from kestrel.export.c_pack import pack_rows
+from kestrel.export.c_text import block, c_type, comment, escaped, listed, literal, numbers
+from kestrel.lower import ops
+from kestrel.lower.graph import IntegerGraph, Program, Scan, State
+from kestrel.lower.memory import (
     Place,
     Plan,
     is_view,
@@ -27,16 +30,15 @@ from kestrel.export.c_memory import (
     saved_name,
     unpack_rows,
 )
-from kestrel.export.c_pack import pack_rows
-from kestrel.lower import ops
-from kestrel.lower.graph import IntegerGraph, Program, Scan, State
 from kestrel.lower.ops import Op, Window
 from kestrel.lower.tensor import Constant, Tensor, storage_of
 from kestrel.quant.integer import Rescale
 
 PREFIX = "kestrel_model"
-COLUMNS = 108  # of lines with constants
 MAX_RANK = 6  # KESTREL_RANK
+DOUBLE_BITS = 53  # integers below 2^53 are exact in double
+PANEL = 16  # most lanes of a vector
+ROWS = 4  # rows of inputs that a vector kernel takes at once
 
 _KEYWORDS = frozenset(
     "auto break case char const continue default do double else enum extern float for goto if inline int long register "
@@ -69,45 +71,6 @@ def generate(graph: IntegerGraph, classes: Sequence[str] = (), wav: WavInput | N
     With `wav` the host program takes sound, too. Raises KestrelError where the graph has no C form.
     """
     return _Writer(graph, tuple(classes), wav).model()
-
-
-def check_limits(model: CModel, ram: int | None = None, flash: int | None = None) -> None:
-    """Raise KestrelError where the model cannot fit a device of `ram` and `flash` bytes."""
-    for kind, needed, limit in (("RAM", model.plan.size, ram), ("flash", model.constants, flash)):
-        if limit is not None and needed > limit:
-            raise KestrelError(
-                f"the model needs {needed:,} bytes of {kind}, the device has {limit:,}: make the network smaller or "
-                "choose fewer bits"
-            )
-
-
-def _ctype(bits: int) -> str:
-    return f"int{bits}_t"
-
-
-def _comment(text: str) -> str:
-    return text.replace("*/", "* /")
-
-
-def _numbers(values: Iterable[int]) -> str:
-    """Comma-separated integers in lines of at most COLUMNS characters. INT32_MIN has no literal of its own."""
-    lines, line = [], ""
-    for value in values:
-        word = "-2147483647 - 1" if value == -(1 << 31) else str(value)
-        if line and len(line) + len(word) + 2 > COLUMNS:
-            lines.append(line + ",")
-            line = word
-        else:
-            line = f"{line}, {word}" if line else word
-    return "".join(f"    {text}\n" for text in [*lines, line])
-
-
-def _literal(value: int) -> str:
-    return "(-2147483647 - 1)" if value == -(1 << 31) else str(value)
-
-
-def _list(values: Iterable[int]) -> str:
-    return ", ".join(_literal(v) for v in values)
 
 
 class _Writer:
@@ -164,7 +127,7 @@ class _Writer:
         self._first_value = place.at * 8 // place.bits
         self.functions.append(
             f"static int32_t position; /* frames that were pushed */\n\n"
-            f"void {PREFIX}_init(void) {{\n    position = 0;\n" + _block(begin) + "}\n"
+            f"void {PREFIX}_init(void) {{\n    position = 0;\n" + block(begin) + "}\n"
         )
         self.functions.append(
             f"void {PREFIX}_push_frame(const int16_t *frame) {{\n"
@@ -194,12 +157,12 @@ class _Writer:
             *self.functions,
         ]
         if streaming is None:
-            parts.append(f"void {PREFIX}_run(const int16_t *features, int32_t *logits) {{\n" + _block(body) + "}\n")
+            parts.append(f"void {PREFIX}_run(const int16_t *features, int32_t *logits) {{\n" + block(body) + "}\n")
         else:
             tensor = self.graph.tensors[streaming.inputs[0]]
             width = math.prod(tensor.shape[1:])
             start = f" + {self._first_value}" if self._first_value else ""
-            parts.append(f"void {PREFIX}_finish(int32_t *logits) {{\n" + _block(body) + "}\n")
+            parts.append(f"void {PREFIX}_finish(int32_t *logits) {{\n" + block(body) + "}\n")
             parts.append(
                 f"void {PREFIX}_run(const int16_t *features, int32_t *logits) {{\n    int32_t t;\n"
                 f"    {PREFIX}_init();\n    for (t = 0; t < {tensor.shape[0]}; t++) {{\n"
@@ -215,7 +178,7 @@ class _Writer:
         scale = "" if tensor.scale is None else f", real value = code * {tensor.scale!r}"
         logits = self.tensors[self.output]
         step = "" if logits.scale is None else f", real value = code * {logits.scale!r}"
-        classes = ", ".join(f'"{_escaped(name)}"' for name in self.classes)
+        classes = ", ".join(f'"{escaped(name)}"' for name in self.classes)
         lines = [
             "/* Made by Kestrel from an integer model.",
             " *",
@@ -301,10 +264,10 @@ class _Writer:
             identifier = self._identifier(name)
             self._arrays[key] = identifier
             self.sections[section] += values.nbytes
-            comment = f"/* {_comment(note)} */\n" if note else ""
-            numbers = _numbers(values.reshape(-1).tolist() or [0])
+            headline = f"/* {comment(note)} */\n" if note else ""
+            rows = numbers(values.reshape(-1).tolist() or [0])
             self.constants.append(
-                f"{comment}static const {kind} {identifier}[{max(1, values.size)}] = {{\n{numbers}}};\n"
+                f"{headline}static const {kind} {identifier}[{max(1, values.size)}] = {{\n{rows}}};\n"
             )
         return self._arrays[key]
 
@@ -319,12 +282,13 @@ class _Writer:
         if any(rescale.offsets):
             offsets = self._array(np.array(rescale.offsets, np.int32), f"{name}, offsets", "scaling")
         product = max(abs(x[0]), abs(x[1])) * max(abs(m) for m in rescale.multipliers)
-        narrow = int(product + max(abs(o) for o in rescale.offsets) + (1 << rescale.shift) < 1 << 31)
+        reached = product + max(abs(o) for o in rescale.offsets) + (1 << rescale.shift)
+        narrow = 1 if reached < 1 << 31 else 2 if reached < 1 << DOUBLE_BITS else 0
         return (
             f"    .rescale = {{.multipliers = {multipliers}, .offsets = {offsets},"
             f" .multiplier_step = {int(len(rescale.multipliers) > 1)}, .offset_step = {int(len(rescale.offsets) > 1)},\n"
-            f"                .shift = {rescale.shift}, .narrow = {narrow}, .low = {_literal(rescale.low)},"
-            f" .high = {_literal(rescale.high)}}},\n"
+            f"                .shift = {rescale.shift}, .narrow = {narrow}, .low = {literal(rescale.low)},"
+            f" .high = {literal(rescale.high)}}},\n"
         )
 
     def _weights(self, values: np.ndarray, constant: Constant, name: str) -> str:
@@ -363,7 +327,7 @@ class _Writer:
 
     def _op(self, op: Op, program: Program) -> list[str]:
         """Statements that run `op`; its constants are added."""
-        lines = [f"/* {_comment(self._headline(op, program))} */"]
+        lines = [f"/* {comment(self._headline(op, program))} */"]
         if type(op) not in _EMIT and not is_view(op, program.tensors):
             raise op.problem("it has no C form")
         if not is_view(op, program.tensors):
@@ -402,10 +366,12 @@ class _Writer:
         y = op.outputs[0]
         multipliers = self._array(np.array(op.multipliers, np.int32), f"{y}, multipliers", "scaling")
         bits = self._array(np.array(self._bits(*op.inputs), np.uint8), f"{y}, bits", "scaling")
+        sizes = zip((tensors[name].magnitude for name in op.inputs), op.multipliers, strict=True)
+        narrow = int(sum(size * abs(m) for size, m in sizes) + (1 << op.shift) < 1 << 31)
         fields = (
             f"    .multipliers = {multipliers}, .x_bits = {bits}, .inputs = {len(op.inputs)},"
-            f" .size = {tensors[y].size},\n    .low = {_literal(op.low)}, .high = {_literal(op.high)},"
-            f" .shift = {op.shift}, .y_bits = {self._place(y).bits},\n"
+            f" .size = {tensors[y].size},\n    .low = {literal(op.low)}, .high = {literal(op.high)},"
+            f" .shift = {op.shift}, .y_bits = {self._place(y).bits}, .narrow = {narrow},\n"
         )
         inputs = ", ".join(self._pointer(name) for name in op.inputs)
         return self._call("add", "add", op, fields, self._pointer(y), f"(const void *const[]){{{inputs}}}")
@@ -420,7 +386,7 @@ class _Writer:
         corners = [p * q for p in (a.low, a.high) for q in (b.low, b.high)]
         a_bits, b_bits, y_bits = self._bits(*op.inputs, y)
         fields = self._rescale(op.rescale, (min(corners), max(corners)), y) + (
-            f"    .rank = {len(shape)}, .shape = {{{_list(shape)}}}, .b_stride = {{{_list(strides)}}},\n"
+            f"    .rank = {len(shape)}, .shape = {{{listed(shape)}}}, .b_stride = {{{listed(strides)}}},\n"
             f"    .a_bits = {a_bits}, .b_bits = {b_bits}, .y_bits = {y_bits},\n"
         )
         pointers = (self._pointer(name) for name in (y, *op.inputs))
@@ -431,7 +397,7 @@ class _Writer:
         x_bits, y_bits = self._bits(x, y)
         table = self._array(op.table.values.astype(f"int{y_bits}"), f"{y}, table", "tables")
         fields = (
-            f"    .table = {table}, .first = {_literal(op.first)}, .size = {tensors[y].size}, .x_bits = {x_bits},"
+            f"    .table = {table}, .first = {literal(op.first)}, .size = {tensors[y].size}, .x_bits = {x_bits},"
             f" .y_bits = {y_bits},\n"
         )
         return self._call("lookup", "lookup", op, fields, self._pointer(y), self._pointer(x))
@@ -442,8 +408,8 @@ class _Writer:
         values = op.nodes.values.astype(storage_of(op.nodes.values))
         nodes = self._array(values, f"{y}, nodes", "tables")
         fields = (
-            f"    .nodes = {nodes}, .first = {_literal(op.first)}, .size = {tensors[y].size}, .low = {_literal(op.low)},"
-            f" .high = {_literal(op.high)},\n    .step_bits = {op.step_bits}, .node_bits = {8 * values.itemsize},"
+            f"    .nodes = {nodes}, .first = {literal(op.first)}, .size = {tensors[y].size}, .low = {literal(op.low)},"
+            f" .high = {literal(op.high)},\n    .step_bits = {op.step_bits}, .node_bits = {8 * values.itemsize},"
             f" .x_bits = {x_bits}, .y_bits = {y_bits},\n"
         )
         return self._call("interpolate", "interpolate", op, fields, self._pointer(y), self._pointer(x))
@@ -467,8 +433,21 @@ class _Writer:
             + self._rescale(op.rescale, _sums(op, op.weight.values, op.bias, x), y)
             + f"    .rows = {x.size // width}, .width = {width}, .outputs = {outputs},"
             f" .unpack_rows = {unpack_rows(op.weight)}, .x_bits = {x_bits}, .y_bits = {y_bits},\n"
+            + self._panels(op, outputs, width)
         )
         return self._product("matmul", op, fields)
+
+    def _prepared(self, op: Op, weight_bytes: int, sums: int, row_bytes: int) -> str:
+        """Field `prepared`: memory for the vector kernels of computers, absent elsewhere."""
+        name = self._identifier(op.outputs[0], "prepared")
+        self.constants.append(f"KESTREL_PREPARED({name}, {weight_bytes}, {sums}, {row_bytes})\n")
+        return f"    KESTREL_USE({name})\n"
+
+    def _panels(self, op: Op, outputs: int, length: int) -> str:
+        """`prepared` of products [outputs, length]: int16 weights in panels, rows of int16."""
+        row = 2 * (length + length % 2)
+        padded = -(-outputs // PANEL) * PANEL
+        return self._prepared(op, padded * row, padded, ROWS * row)
 
     def _product(self, kind: str, op: Op, fields: str) -> list[str]:
         pointers = self._pointer(op.outputs[0]), self._pointer(op.inputs[0]), self._scratch(op)
@@ -493,13 +472,14 @@ class _Writer:
             + self._rescale(op.rescale, _sums(op, flat, op.bias, x), y)
             + self._window(op.window, x.shape, tensors[y].shape)
             + f"    .outputs = {len(flat)}, .unpack_rows = {unpack_rows(op.weight)}, .x_bits = {x_bits},"
-            f" .y_bits = {y_bits},\n"
+            f" .y_bits = {y_bits},\n" + self._panels(op, *flat.shape)
         )
         return self._product("conv", op, fields)
 
     def _depthwise(self, op: ops.DepthwiseConv2d, tensors: dict[str, Tensor]) -> list[str]:
         x, y = tensors[op.inputs[0]], op.outputs[0]
         flat = op.weight.values.reshape(-1, op.weight.shape[-1])  # [place, channel]
+        channels = -(-flat.shape[1] // (2 * PANEL)) * 2 * PANEL
         x_bits, y_bits = self._bits(op.inputs[0], y)
         fields = (
             self._weights(flat, op.weight, y)
@@ -507,6 +487,7 @@ class _Writer:
             + self._rescale(op.rescale, _sums(op, flat.T, op.bias, x), y)
             + self._window(op.window, x.shape, tensors[y].shape)
             + f"    .x_bits = {x_bits}, .y_bits = {y_bits},\n"
+            + self._prepared(op, (len(flat) + 1) // 2 * 4 * channels, channels, 2 * channels)
         )
         return self._product("depthwise", op, fields)
 
@@ -568,8 +549,8 @@ class _Writer:
         self._same_bits(op)
         strides = [math.prod(shape[axis + 1 :]) for axis in op.axes]
         fields = (
-            f"    .rank = {len(shape)}, .shape = {{{_list(tensors[op.outputs[0]].shape)}}},"
-            f" .x_stride = {{{_list(strides)}}}, .bits = {self._place(op.inputs[0]).bits},\n"
+            f"    .rank = {len(shape)}, .shape = {{{listed(tensors[op.outputs[0]].shape)}}},"
+            f" .x_stride = {{{listed(strides)}}}, .bits = {self._place(op.inputs[0]).bits},\n"
         )
         return self._call(
             "transpose", "transpose", op, fields, self._pointer(op.outputs[0]), self._pointer(op.inputs[0])
@@ -579,7 +560,7 @@ class _Writer:
         x, y = op.inputs[0], op.outputs[0]
         bits = self._place(y).bits
         value = f"kestrel_argmax({self._pointer(x)}, {self._place(x).bits}, {tensors[x].size})"
-        return [f"*({_ctype(bits)} *){self._pointer(y)} = ({_ctype(bits)}){value};"]
+        return [f"*({c_type(bits)} *){self._pointer(y)} = ({c_type(bits)}){value};"]
 
     # --------------------------------------------------------------------------------------------------------- scans
 
@@ -598,7 +579,7 @@ class _Writer:
         unused += [f"(void){self._identifier(step, 'in')};" for step in scan.steps]
         signature = f"static void {name}_step(int32_t t, {', '.join(parameters)})"
         headline = f"/* One time step: {', '.join(scan.outputs)}. */\n"
-        self.functions.append(f"{headline}{signature} {{\n{_block([*unused, *body])}}}\n")
+        self.functions.append(f"{headline}{signature} {{\n{block([*unused, *body])}}}\n")
         length = self.graph.tensors[scan.inputs[0]].shape[0]
         arguments = []
         for source in scan.inputs:
@@ -616,16 +597,16 @@ class _Writer:
     def _initial(self, state: State) -> list[str]:
         place = self._place(state.name)
         if state.initial is None:
-            return [f"memset({self._pointer(state.name)}, 0, {state.tensor.bytes}); /* {_comment(state.name)} */"]
+            return [f"memset({self._pointer(state.name)}, 0, {state.tensor.bytes}); /* {comment(state.name)} */"]
         array = self._array(state.initial.values.astype(f"int{place.bits}"), f"{state.name}, initial", "initial states")
-        return [f"memcpy({self._pointer(state.name)}, {array}, {state.tensor.bytes}); /* {_comment(state.name)} */"]
+        return [f"memcpy({self._pointer(state.name)}, {array}, {state.tensor.bytes}); /* {comment(state.name)} */"]
 
     def _emit_row(self, out: str, inner: str) -> list[str]:
         x_bits, y_bits = self._bits(inner, out)
         size = self.tensors[inner].size
         target = f"AT({self._place(out).offset} + t * {size * y_bits // 8})"
         descriptor = self._constant(f"{out}, row", "kestrel_copy_op", self._copy(1, size, size, size, x_bits, y_bits))
-        return [f"kestrel_copy(&{descriptor}, {target}, {self._pointer(inner)}); /* {_comment(out)} */"]
+        return [f"kestrel_copy(&{descriptor}, {target}, {self._pointer(inner)}); /* {comment(out)} */"]
 
     def _replace(self, scan: Scan) -> list[str]:
         """All states take their next values, together."""
@@ -646,14 +627,6 @@ class _Writer:
             else:
                 lines.append(f"kestrel_copy(&{descriptor}, {self._pointer(state.name)}, {source});")
         return [*saved, *lines]
-
-
-def _block(lines: Iterable[str]) -> str:
-    return "".join(f"    {line}\n" for line in lines)
-
-
-def _escaped(name: str) -> str:
-    return "".join(c if c.isprintable() and ord(c) < 128 and c not in '"\\?' else f"\\{ord(c) & 255:03o}" for c in name)
 
 
 def _sums(op: Op, flat: np.ndarray, bias: Constant | None, x: Tensor) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kestrel.export.c_memory import DIRECT
+from kestrel.lower.memory import DIRECT
 from kestrel.quant.packing import pack
 
 KINDS = {"int4": "KESTREL_INT4", "int2": "KESTREL_INT2", "ternary": "KESTREL_TERNARY", "binary": "KESTREL_BINARY"}

@@ -21,9 +21,30 @@ typedef struct {
     uint8_t multiplier_step;     /* 0: one multiplier for all channels, 1: one each */
     uint8_t offset_step;
     uint8_t shift;               /* 0..62 */
-    uint8_t narrow;              /* 1: x * m + o + 2^shift was proven to fit int32 */
+    uint8_t narrow;              /* x * m + o + 2^shift was proven to fit int32 (1) or 53 bits (2) */
     int32_t low, high;
 } kestrel_rescale;
+
+#ifdef KESTREL_SIMD
+/* Computers only: what a vector kernel makes of an op's weights when it runs first. Microcontrollers never see it. */
+typedef struct {
+    int32_t ready;
+    int8_t *weights;  /* in the order of the instruction set */
+    int32_t *start;   /* first value of each sum */
+    double *factor, *offset;  /* rescaling of each sum, where double holds it exactly */
+    int8_t *rows;     /* inputs, as the products take them */
+} kestrel_prepared;
+#define KESTREL_ALIGNED __attribute__((aligned(64)))
+#define KESTREL_PREPARED(name, weight_bytes, sums, row_bytes)                                                       \
+    static int8_t name##_weights[weight_bytes] KESTREL_ALIGNED, name##_rows[row_bytes] KESTREL_ALIGNED;             \
+    static int32_t name##_start[sums] KESTREL_ALIGNED;                                                              \
+    static double name##_factor[sums] KESTREL_ALIGNED, name##_offset[sums] KESTREL_ALIGNED;                         \
+    static kestrel_prepared name = {0, name##_weights, name##_start, name##_factor, name##_offset, name##_rows};
+#define KESTREL_USE(name) .prepared = &name,
+#else
+#define KESTREL_PREPARED(name, weight_bytes, sums, row_bytes)
+#define KESTREL_USE(name)
+#endif
 
 /* How a row of weights is stored. Every row starts at a byte; fields lie least significant bit first. */
 enum {
@@ -70,6 +91,7 @@ typedef struct {
     int32_t inputs, size;
     int32_t low, high;
     uint8_t shift, y_bits;
+    uint8_t narrow;              /* 1: any sum + 2^shift was proven to fit int32 */
 } kestrel_add_op;
 
 /* y = clamp(round((sum of x_i m_i) / 2^shift)). y may be any x_i of the same bits or more. */
@@ -124,6 +146,9 @@ typedef struct {
     int32_t rows, width, outputs;
     uint8_t unpack_rows;      /* 1 or 4: rows of weights that `scratch` holds (direct weights need none) */
     uint8_t x_bits, y_bits;
+#ifdef KESTREL_SIMD
+    kestrel_prepared *prepared;
+#endif
 } kestrel_matmul_op;
 
 /* y[row][o] = rescale(bias[o] + sum of W[o][i] x[row][i]). scratch: unpack_rows * width unpacked elements. */
@@ -146,6 +171,9 @@ typedef struct {
     int32_t outputs;
     uint8_t unpack_rows;
     uint8_t x_bits, y_bits;
+#ifdef KESTREL_SIMD
+    kestrel_prepared *prepared;
+#endif
 } kestrel_conv_op;
 
 /* y[row][column][o]. scratch: unpack_rows rows of weights, unpacked. */
@@ -158,6 +186,9 @@ typedef struct {
     kestrel_rescale rescale;
     kestrel_window window;
     uint8_t x_bits, y_bits;
+#ifdef KESTREL_SIMD
+    kestrel_prepared *prepared;
+#endif
 } kestrel_depthwise_op;
 
 /* A kernel of its own per channel. scratch: size_y * size_x * KESTREL_DEPTHWISE_TILE unpacked elements. */

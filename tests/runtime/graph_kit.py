@@ -288,6 +288,39 @@ def random_graph(seed: int, rounds: int = 1) -> IntegerGraph:
     return maker.finish()
 
 
+def wide_graph(seed: int) -> IntegerGraph:
+    """Products and functions whose sizes lie around multiples of the lanes of vectors, and of tiles and spans."""
+    maker = Maker(seed, 4000)
+    rng = maker.rng
+    for outputs, width, rows in [(15, 3, 5), (16, 4, 4), (17, 5, 1), (130, 33, 6), (128, 64, 3), (257, 118, 1)]:
+        x = maker.source((rows, width), [8, 16][maker.pick(0, 1)])
+        weight = constant(rng, (outputs, width), ["int8", "int4", "ternary"][maker.pick(0, 2)])
+        bias = constant(rng, (outputs,), "int16") if maker.pick(0, 1) else None
+        rescale = scaling(rng, 10**6, outputs, [8, 16][maker.pick(0, 1)])
+        maker.add(ops.MatMul, x, weight=weight, bias=bias, rescale=rescale)
+    for channels, bits in [(15, 8), (16, 8), (17, 16), (31, 8), (32, 16), (33, 8), (72, 8), (72, 16)]:
+        shape = (4, 5, channels)
+        x = maker.source(shape, bits)
+        window = Window((3, 2), (1, 2), (1, 0), (0, 1))
+        weight = constant(rng, (*window.size, channels), ["int8", "int4", "ternary"][maker.pick(0, 2)])
+        rescale = scaling(rng, 10**5, channels, [8, 16][maker.pick(0, 1)])
+        bias = constant(rng, (channels,), "int16") if maker.pick(0, 1) else None
+        maker.add(ops.DepthwiseConv2d, x, weight=weight, window=window, bias=bias, rescale=rescale)
+        outputs = maker.pick(14, 34)
+        dense = constant(rng, (outputs, *window.size, channels), "int8")
+        maker.add(ops.Conv2d, x, weight=dense, window=window, rescale=scaling(rng, 10**6, outputs, 8))
+    for size in (7, 8, 15, 16, 17, 63, 64, 65, 130):
+        x = maker.source((size,), 16)
+        nodes = constant(rng, (1026,), "int16", 3000)
+        first = maker.graph.tensors[x].low
+        maker.add(ops.Interpolate, x, nodes=nodes, first=first, step_bits=6, low=-2900, high=maker.pick(1, 2900))
+        maker.add(ops.Requantise, x, rescale=scaling(rng, 30000, size, [8, 16, 32][maker.pick(0, 2)]))
+        pair = tuple(int(m) for m in rng.integers(-9, 10, 2))
+        other = maker.source((size,), [8, 16][maker.pick(0, 1)])
+        maker.add(ops.AddRequantise, x, other, multipliers=pair, shift=maker.pick(0, 4), low=-20000, high=20000)
+    return maker.finish()
+
+
 def all_storages(seed: int) -> IntegerGraph:
     """A product with every storage of weights, alone and with rows of several lengths."""
     maker = Maker(seed)
@@ -296,4 +329,4 @@ def all_storages(seed: int) -> IntegerGraph:
     return maker.finish()
 
 
-__all__ = ["BRANCHES", "STORAGES", "Maker", "all_storages", "constant", "random_graph", "scaling"]
+__all__ = ["BRANCHES", "STORAGES", "Maker", "all_storages", "constant", "random_graph", "scaling", "wide_graph"]

@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Computers only: the kernels for x86-64 with AVX2.
+ */
+#define KESTREL_LEVEL 1
+#define KESTREL_ISA avx2
+#include "kestrel_isa.h"
+
+#if defined KESTREL_SIMD && defined KESTREL_X86
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+#include "kestrel_ops.c"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif
