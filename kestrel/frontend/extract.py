@@ -17,8 +17,9 @@ from kestrel.corpus.audio import read_window
 from kestrel.corpus.manifest import Clip, locate
 from kestrel.corpus.noise import noise_part
 from kestrel.errors import KestrelError
-from kestrel.frontend.features import Frontend
-from kestrel.settings import to_dict
+from kestrel.frontend.fixed import FixedFeatures
+from kestrel.frontend.make import AnyFrontend
+from kestrel.frontend.spec import stored
 from kestrel.store.hdf5 import AudioFile, AudioWriter, FeatureWriter, NoiseWriter
 
 Progress = Callable[[int, int], None]
@@ -94,8 +95,9 @@ def _noise_length(path: Path, sample_rate: int) -> int:
     return info.frames
 
 
-def extract(audio: AudioFile, frontend: Frontend, path: Path, progress: Progress | None = None) -> None:
-    """Write the features of packed audio as a feature file (float32), row by row the same clips.
+def extract(audio: AudioFile, frontend: AnyFrontend, path: Path, progress: Progress | None = None) -> None:
+    """Write the features of packed audio as a feature file, row by row the same clips: float32, or of a fixed-point front
+    end its int16 codes.
 
     The front end's settings are stored with them. A row holds exactly what `frontend` gives for its clip in any batch.
     Raises KestrelError where sample rates differ or the disk is full; nothing is left under `path` then.
@@ -118,19 +120,25 @@ def extract(audio: AudioFile, frontend: Frontend, path: Path, progress: Progress
         frames=frontend.frames(samples),
         width=frontend.width,
         classes=audio.classes,
-        frontend=to_dict(spec),
+        frontend=stored(spec),
         corpus=audio.corpus,
         protocol=audio.protocol,
         split=audio.split,
+        dtype="int16" if isinstance(frontend, FixedFeatures) else "float32",
+        scale=frontend.scale if isinstance(frontend, FixedFeatures) else 1.0,
     )
     device = next(iter(frontend.buffers())).device
     done = 0
     with writer:
         for block in audio.iterate(_BLOCK):
-            features = frontend(torch.from_numpy(block).to(device))  # [n, T, F]
-            if not torch.isfinite(features).all():
-                raise KestrelError(f"{audio.path}: features of rows {done}..{done + len(block) - 1} are not finite")
-            writer.append(features.cpu().numpy())
+            wave = torch.from_numpy(block).to(device)
+            if isinstance(frontend, FixedFeatures):
+                writer.write(frontend.codes(wave).cpu().numpy())  # [n, T, F]
+            else:
+                features = frontend(wave)  # [n, T, F]
+                if not torch.isfinite(features).all():
+                    raise KestrelError(f"{audio.path}: features of rows {done}..{done + len(block) - 1} are not finite")
+                writer.append(features.cpu().numpy())
             done += len(block)
             if progress:
                 progress(done, clips)

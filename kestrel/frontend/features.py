@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kestrel.frontend.filters import analysis_window, check, dct_matrix, filter_edges, frame_count, mel_filters, padding
+from kestrel.frontend.filters import (
+    analysis_window,
+    check,
+    dct_matrix,
+    describe_empty_filters,
+    frame_count,
+    mel_filters,
+    padding,
+)
 from kestrel.frontend.spec import FrontendSpec
 from kestrel.frontend.spectrum import power_spectrum
 
@@ -104,15 +112,7 @@ class Frontend(nn.Module):
 
     def describe_empty_filters(self) -> str | None:
         """One line about empty filters, or None where there are none."""
-        if not self._empty:
-            return None
-        edges = filter_edges(self.spec)
-        low, high = edges[self._empty[0]], edges[self._empty[-1] + 2]
-        bin_width = self.spec.sample_rate / self.spec.n_fft
-        return (
-            f"front end {self.spec.name}: {len(self._empty)} of {self.spec.mel_bands} mel filters are empty, "
-            f"between {low:.0f} and {high:.0f} Hz, where they are narrower than the {bin_width:.1f} Hz between bins"
-        )
+        return describe_empty_filters(self.spec, self._empty)
 
     @torch.no_grad()
     def forward(self, wave: Tensor) -> Tensor:

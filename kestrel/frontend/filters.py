@@ -72,6 +72,18 @@ def filter_edges(spec: FrontendSpec) -> list[float]:
     return [700.0 * (10.0 ** (mel / 2595.0) - 1.0) for mel in mels]
 
 
+def describe_empty_filters(spec: FrontendSpec, empty: list[int]) -> str | None:
+    """One line about filters that no bin falls into, or None where `empty` names none."""
+    if not empty:
+        return None
+    edges = filter_edges(spec)
+    low, high = edges[empty[0]], edges[empty[-1] + 2]
+    return (
+        f"front end {spec.name}: {len(empty)} of {spec.mel_bands} mel filters are empty, between {low:.0f} and {high:.0f} Hz, "
+        f"where they are narrower than the {spec.sample_rate / spec.n_fft:.1f} Hz between bins"
+    )
+
+
 def mel_filters(spec: FrontendSpec) -> Tensor:
     """Triangular filters, float32 [n_fft // 2 + 1, mel_bands].
 

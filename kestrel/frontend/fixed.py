@@ -1,184 +1,338 @@
 """The fixed-point front end as an integer model: int16 samples to int16 features, bit for bit what the C runtime computes.
 
-The arithmetic is defined in docs/fixed-frontend.md. Everything is exact in int64 (products with cosine tables run as float64
-matrix products of integers below 2^53, which are exact as well, in any order).
+The arithmetic is defined in docs/fixed-frontend.md. Most of it runs in float64 on integers (or integers times 2^-15) below
+2^53: such sums and products are exact in any order, so matrix products and complex numbers may be used, on any device. What
+does not fit runs in int64.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 
 from kestrel.errors import UsageError
-from kestrel.frontend.filters import frame_count, padding
+from kestrel.frontend.filters import describe_empty_filters, frame_count, padding
+from kestrel.frontend.fixed_spectrum import Folded, Fourier, Powers, Scratch, largest, round_half_up
 from kestrel.frontend.fixed_tables import LOG_SEGMENTS, WEIGHT_BITS, Tables, make_tables
 from kestrel.frontend.spec import FrontendSpec
 
-Integers = NDArray[np.int64]
-
-_FRAMES = 256  # frames computed at a time: their spectra fit the second-level cache
+_CPU_FRAMES = 512  # frames computed at a time by each thread: fewer cost more in calls, more leave the caches
+_GPU_FRAMES = 1 << 14
 _SEGMENT_BITS = 16 - LOG_SEGMENTS.bit_length() + 1
+_GROUP = 20  # filters of a group, which is multiplied with its own bins only
+_HALF_WORD = 22  # values of bins have up to 45 bits: they are multiplied with weights in two parts
+_FLOAT_BIAS = 1023  # of a float64's exponent
+_FULL_SCALE = 32768.0
 
 
-def shift_right(x: ArrayLike, bits: ArrayLike) -> Integers:
-    """x * 2^-bits rounded to the nearest integer, halves up: (x + 2^(bits - 1)) >> bits. Negative bits shift left."""
-    value, amount = np.asarray(x, np.int64), np.asarray(bits, np.int64)
-    right, left = np.maximum(amount, 0), np.maximum(-amount, 0)
-    half: Integers = np.asarray((np.int64(1) << right) >> 1, np.int64)
-    return ((value << left) + half) >> right
+def half_of(bits: Tensor) -> Tensor:
+    """2^(bits - 1) of int64 bits, 0 for bits = 0: what rounding adds before a right shift."""
+    return (torch.ones_like(bits) << bits) >> 1
 
 
-def saturate16(x: ArrayLike) -> NDArray[np.int16]:
-    """The nearest value of 16-bit two's complement."""
-    return np.clip(np.asarray(x), -32768, 32767).astype(np.int16)
+def shift_right_(x: Tensor, bits: int) -> Tensor:
+    """x * 2^-bits of int64 x, bits >= 0, rounded to the nearest integer, halves up, in place."""
+    return x.add_((1 << bits) >> 1).bitwise_right_shift_(bits)
 
 
-def bit_length(x: ArrayLike) -> Integers:
-    """Binary digits of integers 0 <= x < 2^63; those of 0 are 0."""
-    value = np.asarray(x, np.int64)
-    digits = np.frexp(value.astype(np.float64))[1].astype(np.int64)
+def saturate16(x: Tensor) -> Tensor:
+    """The nearest value of 16-bit two's complement; x is used up."""
+    return x.clamp_(-32768, 32767).to(torch.int16)
+
+
+def bit_length(x: Tensor) -> Tensor:
+    """Binary digits of int64 0 <= x < 2^63, int64; those of 0 are 0."""
+    digits = torch.frexp(x.double()).exponent.long()
     # Above 2^53 the conversion may round up to the next power of two.
-    return digits - ((digits > 0) & (value >> np.maximum(digits - 1, 0) == 0))
+    return digits - ((digits > 0) & (x >> (digits - 1).clamp(min=0) == 0)).long()
 
 
-def log2_fixed(x: ArrayLike, log_table: NDArray[np.int16]) -> Integers:
-    """log2 of integers x >= 1, times 2^16: the mantissa's first 16 bits plus an interpolated correction."""
-    value = np.asarray(x, np.int64)
-    octave = bit_length(value) - 1
-    fraction = ((value >> np.maximum(octave - 16, 0)) << np.maximum(16 - octave, 0)) & 0xFFFF
-    segment = fraction >> _SEGMENT_BITS
-    rest = fraction & ((1 << _SEGMENT_BITS) - 1)
-    corrections = log_table.astype(np.int64)
-    low = corrections[segment]
-    return (octave << 16) + fraction + low + shift_right((corrections[segment + 1] - low) * rest, _SEGMENT_BITS)
+def log2_corrections(log_table: NDArray[np.int16]) -> Tensor:
+    """What step 7 adds to the mantissa's first 16 bits f, for every f: int64 [65536]."""
+    table = torch.from_numpy(log_table.astype(np.int64))
+    fraction = torch.arange(1 << 16)
+    segment, rest = fraction >> _SEGMENT_BITS, fraction & ((1 << _SEGMENT_BITS) - 1)
+    low = table[segment]
+    return low + shift_right_((table[segment + 1] - low) * rest, _SEGMENT_BITS)
 
 
-def magnitude(squares: ArrayLike) -> Integers:
-    """Square root of integers 0 <= x < 2^62, rounded down to 16 significant bits."""
-    value = np.asarray(squares, np.int64)
-    half = np.maximum(bit_length(value) - 31, 0) >> 1  # the least with value >> 2 half below 2^32
-    return np.floor(np.sqrt((value >> 2 * half).astype(np.float64))).astype(np.int64) << half
+def log2_fixed(x: Tensor, corrections: Tensor, scratch: Scratch) -> Tensor:
+    """log2 of int64 0 <= x < 2^63, times 2^16: the mantissa's first 16 bits with their correction; 0 gives -1023 * 2^16.
+
+    The result stands in `x`.
+    """
+    # Cut to what float64 holds exactly. Its bits are then exponent and mantissa, as they are wanted.
+    spare = torch.bitwise_and(x, -1024, out=scratch("log spare", *x.shape, dtype=torch.int64))
+    torch.where(x >= 1 << 53, spare, x, out=spare)
+    octaves = scratch("log octaves", *x.shape).copy_(spare).view(torch.int64)
+    octaves.bitwise_right_shift_(36).sub_(_FLOAT_BIAS << 16)
+    torch.bitwise_and(octaves, 0xFFFF, out=spare)
+    torch.index_select(corrections, 0, spare.view(-1), out=x.view(-1))
+    return x.add_(octaves)
 
 
-class FixedFrontend:
-    """Integer model of a front end. A feature is code * `scale`, with one power-of-two scale for all of them.
+def magnitude(squares: Tensor) -> Tensor:
+    """Square root of int64 0 <= x < 2^62, rounded down to 16 significant bits, float64."""
+    half = (bit_length(squares) - 31).clamp(min=0) >> 1  # the least with x >> 2 half below 2^32
+    return torch.sqrt((squares >> 2 * half).double()).floor_().long().bitwise_left_shift_(half).double()
 
-    `width` = F. Raises UsageError for settings without a fixed-point form (power other than 1 or 2; n_fft that is neither odd
-    nor a multiple of 4 with prime factors up to 7).
+
+@contextmanager
+def _serial_operators() -> Iterator[int]:
+    """Inside, operators run on the thread that calls them; gives the number of threads that they had before.
+
+    They are short here: threads that meet at the end of each would mostly wait for each other, on a busy machine for long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+class FixedFeatures(nn.Module):
+    """Fixed-point front end with the interface of features.Frontend; `scale` = 2^-fraction_bits is what a code stands for.
+
+    Raises UsageError for settings without a fixed-point form (power other than 1 or 2; n_fft that is neither odd nor a multiple
+    of 4 with prime factors up to 7). Holds no trained values: its state_dict is empty. Not to be called by several threads at a time.
     """
 
+    window: Tensor
+    corrections: Tensor
+    shifts: Tensor
+    halves: Tensor
+    multipliers: Tensor
+    cosines: Tensor | None
+
     def __init__(self, spec: FrontendSpec) -> None:
+        super().__init__()
         self.spec = spec
         self.tables: Tables = make_tables(spec)
-        self.width = self.tables.width
-        self.fraction_bits = self.tables.fraction_bits
-        self.scale = 2.0**-self.fraction_bits
         tables = self.tables
-        half = tables.window.astype(np.int64)
-        self._window: Integers = np.concatenate([half, half[: tables.taps // 2][::-1]])
-        self._cosine_transform = _cosine_matrix(tables)
-        self._spectrum = _Dense(tables) if tables.transform.dense else _Fourier(tables)
-        filters = tables.filters
-        self._weights = filters.weights.astype(np.int64)
-        self._bins: Integers = np.concatenate(
-            [np.arange(first, first + count) for first, count in zip(filters.first, filters.count, strict=True)]
-        )
-        self._used = filters.count > 0
-        self._starts = (np.cumsum(filters.count) - filters.count)[self._used]
+        self.width = tables.width
+        self.fraction_bits = tables.fraction_bits
+        self.scale = 2.0**-self.fraction_bits
+        self.powers = Powers()
+        self._scratch: list[Scratch] = []  # one for each thread
+        self.spectrum = Folded(tables, self.powers) if tables.transform.dense else Fourier(tables, self.powers)
+        self._groups = self._cut_filters()
+        shifts = torch.from_numpy(tables.filters.shift)
+        multipliers = np.full(self.width, tables.multipliers[1], np.int64)
+        multipliers[0] = tables.multipliers[0]
+        for name, values in (
+            ("corrections", log2_corrections(tables.log_table)),
+            ("shifts", shifts),
+            ("halves", half_of(shifts)),
+            ("multipliers", torch.from_numpy(multipliers)),
+            ("cosines", _cosine_matrix(tables)),
+        ):
+            self.register_buffer(name, values, persistent=False)
+
+    def _cut_filters(self) -> list[tuple[int, int, int, int]]:
+        """Groups (first filter, end, first bin, end) of neighbouring filters; their weights become buffers, float64."""
+        filters = self.tables.filters
+        ends = np.cumsum(filters.count)
+        groups: list[tuple[int, int, int, int]] = []
+        for first in range(0, len(ends), _GROUP):
+            last = min(first + _GROUP, len(ends))
+            used = [band for band in range(first, last) if filters.count[band]]
+            low = min((int(filters.first[band]) for band in used), default=filters.low_bin)
+            high = max((int(filters.first[band] + filters.count[band]) for band in used), default=low + 1)
+            weights = torch.zeros(high - low, last - first, dtype=torch.float64)
+            for band in used:
+                start, count = int(filters.first[band]) - low, int(filters.count[band])
+                run = filters.weights[ends[band] - count : ends[band]]
+                weights[start : start + count, band - first] = torch.from_numpy(run).double()
+            self.register_buffer(f"weights_{len(groups)}", weights, persistent=False)
+            groups.append((first, last, low - filters.low_bin, high - filters.low_bin))
+        return groups
 
     def frames(self, samples: int) -> int:
         """T of a clip of `samples` samples; UsageError where it is too short."""
         return frame_count(self.spec, samples)
 
+    def describe_empty_filters(self) -> str | None:
+        """One line about filters that hold nothing, or None where there are none."""
+        return describe_empty_filters(self.spec, np.flatnonzero(self.tables.filters.count == 0).tolist())
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Features float32 [B, T, F], codes times `scale`, of int16 samples [B, S] or of float32 ones in -1..1.
+
+        Float samples become integers first, as in an analog-digital converter: round(32768 x), halves to even, saturated.
+        """
+        if wave.dim() != 2:
+            raise ValueError(f"expected wave [B, S], got {tuple(wave.shape)}")
+        if wave.dtype != torch.int16:
+            wave = saturate16(torch.round(wave * _FULL_SCALE))
+        return self.codes(wave).float().mul_(self.scale)
+
+    def codes(self, samples: Tensor) -> Tensor:
+        """Feature codes int16 [B, T, F] of samples int16 [B, S]; every clip by itself."""
+        return self._blockwise(
+            samples, self.width, lambda block, scratch: self.features(self._logs(block, scratch), scratch)
+        )
+
+    def logs(self, samples: Tensor) -> Tensor:
+        """log2 of the filters' outputs, before top_db: int16 [B, T, mel_bands] in units of 2^-tables.log_bits."""
+        return self._blockwise(samples, self.spec.mel_bands, self._logs)
+
+    @torch.no_grad()
+    def features(self, logs: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Feature codes int16 [B, T, F] of whole clips' `logs` int16 [B, T, mel_bands]."""
+        tables, scratch = self.tables, scratch or self._memory(logs.device)
+        if tables.top_codes:
+            highest = logs.amax((1, 2), keepdim=True).int()
+            logs = torch.maximum(logs.int(), highest - tables.top_codes)
+        sums = scratch("sums", *logs.shape[:2], self.width, dtype=torch.int64)
+        if self.cosines is None:
+            sums.copy_(logs)
+        else:  # sums of cosines stay below 512 * 2^30
+            values = scratch("values", *logs.shape).copy_(logs)
+            sums.copy_(torch.matmul(values, self.cosines, out=scratch("cosine sums", *sums.shape)))
+        return saturate16(shift_right_(sums.mul_(self.multipliers), tables.output_shift))
+
+    def _memory(self, device: torch.device, number: int = 0) -> Scratch:
+        if self._scratch and self._scratch[0].device != device:
+            self._scratch.clear()
+        while len(self._scratch) <= number:
+            self._scratch.append(Scratch(device))
+        return self._scratch[number]
+
+    def _blockwise(self, samples: Tensor, width: int, compute: Callable[[Tensor, Scratch], Tensor]) -> Tensor:
+        """int16 [B, T, width] made by `compute` from blocks of clips, on a CPU by as many threads as torch has."""
+        if samples.dim() != 2 or samples.dtype != torch.int16:
+            raise UsageError(f"expected int16 samples [B, S], not {samples.dtype} of shape {list(samples.shape)}")
+        clips, frames = len(samples), self.frames(samples.shape[1])
+        on_cpu = samples.device.type == "cpu"
+        step = max(1, (_CPU_FRAMES if on_cpu else _GPU_FRAMES) // frames)
+        starts = range(0, clips, step)
+        out = torch.empty(clips, frames, width, dtype=torch.int16, device=samples.device)
+
+        @torch.no_grad()
+        def work(scratch: Scratch, mine: range) -> None:
+            for start in mine:
+                out[start : start + step] = compute(samples[start : start + step], scratch)
+
+        if not on_cpu:
+            work(self._memory(samples.device), starts)
+            return out
+        with _serial_operators() as allowed:
+            threads = max(1, min(allowed, len(starts)))
+            memories = [self._memory(samples.device, number) for number in range(threads)]
+            if threads == 1:
+                work(memories[0], starts)
+            else:
+                with ThreadPoolExecutor(threads) as pool:
+                    list(pool.map(work, memories, (starts[number::threads] for number in range(threads))))
+        return out
+
+    def _logs(self, samples: Tensor, scratch: Scratch) -> Tensor:
+        logs = self._log_mel(self._cut(samples, scratch), scratch)
+        return logs.view(len(samples), -1, self.spec.mel_bands)
+
+    def _cut(self, samples: Tensor, scratch: Scratch) -> Tensor:
+        """The samples under the window, int16 [B, T, taps]: a view of the padded clips."""
+        spec, tables = self.spec, self.tables
+        count, margin = self.frames(samples.shape[1]), padding(spec)
+        start = margin - tables.lead
+        length = samples.shape[1] + 2 * margin
+        whole = max(length, start + (count - 1) * spec.hop + tables.taps)
+        padded = scratch("padded", len(samples), whole, dtype=torch.int16)
+        padded[:, length:] = 0  # framing window fills its last frame with zeros
+        padded[:, margin : length - margin] = samples
+        if margin:
+            padded[:, :margin] = samples[:, 1 : margin + 1].flip(1)
+            padded[:, length - margin : length] = samples[:, -margin - 1 : -1].flip(1)
+        return padded.as_strided((len(samples), count, tables.taps), (padded.stride(0), spec.hop, 1), start)
+
+    def _log_mel(self, frames: Tensor, scratch: Scratch) -> Tensor:
+        """int16 [n, mel_bands] of frames [B, T, taps], n = B T."""
+        tables = self.tables
+        parts, shift = self.spectrum(frames, scratch)  # [n, bins of low_bin .. high_bin], [n]
+        if tables.power == 2:
+            values, cut = self._square(parts, scratch)
+            exponent = 2 * (tables.transform.bits - shift - cut) + WEIGHT_BITS  # [n]
+        else:
+            real, imaginary = (part.long() for part in parts)
+            values = magnitude(real * real + imaginary * imaginary)
+            exponent = tables.transform.bits - shift + WEIGHT_BITS
+        sums = self._filter(values, scratch).add_(self.halves).bitwise_right_shift_(self.shifts)
+        if tables.floor_mantissa:
+            bits = (tables.floor_exponent - exponent).clamp_(max=62)
+            mantissa = torch.full_like(bits, tables.floor_mantissa) << (-bits).clamp_(min=0)
+            bits.clamp_(min=0)
+            sums.add_(((mantissa + half_of(bits)) >> bits)[:, None])
+        logs = log2_fixed(sums, self.corrections, scratch).add_((tables.log_gain - (exponent << 16))[:, None])
+        return saturate16(shift_right_(logs.clamp_(min=tables.log_floor), 16 - tables.log_bits))
+
+    def _square(self, parts: tuple[Tensor, Tensor], scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """(|X|^2 float64 [n, bins], the bits cut off before squaring [n]); `parts` are used up."""
+        real, imaginary = parts
+        spare = scratch("high", *real.shape)
+        highest = torch.maximum(largest(real, spare), largest(imaginary, spare))
+        cut = (torch.frexp(highest).exponent.long() - self.tables.keep_bits).clamp_(min=0)
+        factor = self.powers(-cut)[:, None]
+        real, imaginary = (round_half_up(part.mul_(factor)) for part in parts)
+        return real.square_().add_(imaginary.square_()), cut
+
+    def _filter(self, values: Tensor, scratch: Scratch) -> Tensor:
+        """Weighted sums int64 [n, mel_bands] of values float64 [n, bins]."""
+        rows, bands = len(values), self.spec.mel_bands
+        halves = scratch("halves", 2, *values.shape)
+        torch.mul(values, 2.0**-_HALF_WORD, out=halves[0]).floor_()
+        torch.sub(values, halves[0], alpha=2.0**_HALF_WORD, out=halves[1])
+        both = scratch("weighted", 2 * rows, bands)
+        for number, (first, last, start, end) in enumerate(self._groups):
+            torch.mm(halves.flatten(0, 1)[:, start:end], self.get_buffer(f"weights_{number}"), out=both[:, first:last])
+        sums = scratch("sums", 2 * rows, bands, dtype=torch.int64).copy_(both)
+        return sums[:rows].bitwise_left_shift_(_HALF_WORD).add_(sums[rows:])
+
+
+class FixedFrontend:
+    """The front end for NumPy arrays: feature codes of samples. A feature is code * `scale`; errors as FixedFeatures."""
+
+    def __init__(self, spec: FrontendSpec) -> None:
+        self.module = FixedFeatures(spec)
+        self.spec, self.tables, self.width = spec, self.module.tables, self.module.width
+        self.fraction_bits, self.scale = self.module.fraction_bits, self.module.scale
+
+    def frames(self, samples: int) -> int:
+        """T of a clip of `samples` samples; UsageError where it is too short."""
+        return self.module.frames(samples)
+
     def __call__(self, audio: ArrayLike) -> NDArray[np.int16]:
         """Feature codes int16 [B, T, F] of samples int16 [B, S]; every clip by itself."""
-        samples = _check_audio(audio)
-        out = np.empty((len(samples), self.frames(samples.shape[1]), self.width), np.int16)
-        step = max(1, _FRAMES // out.shape[1])
-        for start in range(0, len(samples), step):
-            logs = self._logs(samples[start : start + step])
-            out[start : start + step] = self.features(logs)
-        return out
+        return self.module.codes(_samples(audio)).numpy()
+
+    def logs(self, audio: ArrayLike) -> NDArray[np.int16]:
+        """log2 of the filters' outputs, before top_db: int16 [B, T, mel_bands] in units of 2^-tables.log_bits."""
+        return self.module.logs(_samples(audio)).numpy()
+
+    def features(self, logs: NDArray[np.int16]) -> NDArray[np.int16]:
+        """Feature codes int16 [B, T, F] of whole clips' `logs` [B, T, mel_bands]."""
+        return self.module.features(torch.from_numpy(np.ascontiguousarray(logs))).numpy()
 
     def dequantise(self, codes: ArrayLike) -> NDArray[np.float32]:
         """Feature codes as numbers in the unit of the float front end."""
         return np.asarray(codes, np.float32) * np.float32(self.scale)
 
-    def logs(self, audio: ArrayLike) -> NDArray[np.int16]:
-        """log2 of the filters' outputs, before top_db: int16 [B, T, mel_bands] in units of 2^-tables.log_bits."""
-        samples = _check_audio(audio)
-        step = max(1, _FRAMES // self.frames(samples.shape[1]))
-        return np.concatenate([self._logs(samples[start : start + step]) for start in range(0, len(samples), step)])
 
-    def features(self, logs: NDArray[np.int16]) -> NDArray[np.int16]:
-        """Feature codes int16 [B, T, F] of whole clips' `logs` [B, T, mel_bands]."""
-        tables = self.tables
-        values = logs.astype(np.int64)
-        if tables.top_codes:
-            values = np.maximum(values, values.max((1, 2), keepdims=True) - tables.top_codes)
-        first, others = tables.multipliers
-        if self._cosine_transform is None:
-            return saturate16(shift_right(values * others, tables.output_shift))
-        sums = (values.astype(np.float64) @ self._cosine_transform).astype(np.int64)  # [B, T, F]
-        multipliers = np.full(self.width, others, np.int64)
-        multipliers[0] = first
-        return saturate16(shift_right(sums * multipliers, tables.output_shift))
-
-    def _logs(self, samples: NDArray[np.int16]) -> NDArray[np.int16]:
-        frames = self._cut(samples)
-        logs = self._log_mel(frames.reshape(-1, self.tables.taps))
-        return logs.reshape(len(samples), -1, self.spec.mel_bands)
-
-    def _cut(self, samples: NDArray[np.int16]) -> NDArray[np.int16]:
-        """The samples under the window, int16 [B, T, taps]."""
-        spec, tables = self.spec, self.tables
-        count, margin = self.frames(samples.shape[1]), padding(spec)
-        start = margin - tables.lead
-        padded = np.pad(samples, ((0, 0), (margin, margin)), mode="reflect") if margin else samples
-        missing = start + (count - 1) * spec.hop + tables.taps - padded.shape[1]
-        if missing > 0:  # framing window fills its last frame with zeros
-            padded = np.pad(padded, ((0, 0), (0, missing)))
-        view = np.lib.stride_tricks.sliding_window_view(padded, tables.taps, axis=1)
-        return view[:, start :: spec.hop][:, :count]
-
-    def _log_mel(self, frames: NDArray[np.int16]) -> NDArray[np.int16]:
-        """int16 [n, mel_bands] of frames [n, taps]."""
-        tables, filters = self.tables, self.tables.filters
-        real, imaginary, shift = self._spectrum(frames * self._window)  # [n, bins of low_bin .. high_bin], [n]
-        if tables.power == 2:
-            largest = np.maximum(np.abs(real).max(1), np.abs(imaginary).max(1))
-            cut = np.maximum(bit_length(largest) - tables.keep_bits, 0)
-            real, imaginary = shift_right(real, cut[:, None]), shift_right(imaginary, cut[:, None])
-            values = real * real + imaginary * imaginary
-            exponent = 2 * (tables.transform.bits - shift - cut) + WEIGHT_BITS
-        else:
-            values = magnitude(real * real + imaginary * imaginary)
-            exponent = tables.transform.bits - shift + WEIGHT_BITS
-
-        sums = np.zeros((len(frames), len(filters.count)), np.int64)
-        if len(self._starts):
-            sums[:, self._used] = np.add.reduceat(
-                values[:, self._bins - filters.low_bin] * self._weights, self._starts, axis=1
-            )
-        sums = shift_right(sums, filters.shift)
-        if tables.floor_mantissa:
-            sums += shift_right(tables.floor_mantissa, np.minimum(tables.floor_exponent - exponent, 62))[:, None]
-        logs = log2_fixed(np.maximum(sums, 1), tables.log_table) + (tables.log_gain - (exponent << 16))[:, None]
-        logs = np.where(sums == 0, tables.log_floor, np.maximum(logs, tables.log_floor))
-        return saturate16(shift_right(logs, 16 - tables.log_bits))
-
-
-def _check_audio(audio: ArrayLike) -> NDArray[np.int16]:
+def _samples(audio: ArrayLike) -> Tensor:
     samples = np.asarray(audio)
     if samples.dtype != np.int16 or samples.ndim != 2:
         raise UsageError(f"expected int16 samples [B, S], not {samples.dtype} of shape {list(samples.shape)}")
-    return samples
+    return torch.from_numpy(np.array(samples, order="C"))
 
 
-def _cosine_matrix(tables: Tables) -> NDArray[np.float64] | None:
-    """[mel_bands, F] of cosines times 32767, or None."""
+def _cosine_matrix(tables: Tables) -> Tensor | None:
+    """[mel_bands, F] of cosines times 32767, float64, or None."""
     if tables.spec.coefficients is None:
         return None
     bands = np.arange(tables.spec.mel_bands)
@@ -190,115 +344,4 @@ def _cosine_matrix(tables: Tables) -> NDArray[np.float64] | None:
     matrix[len(bands) - len(bands) // 2 :] = (matrix[: len(bands) // 2] * sign)[::-1]
     if len(bands) % 2:
         matrix[half - 1, 1::2] = 0.0
-    return matrix
-
-
-def _frame_shift(largest: Integers, tables: Tables) -> Integers:
-    """r [n]: the right shift that brings a frame's largest magnitude to data_bits bits, limited for near-silence."""
-    return np.maximum(bit_length(largest) - tables.transform.data_bits, tables.minimum_shift)
-
-
-class _Dense:
-    """Spectrum by sums over folded samples, for odd n_fft. Returns real and imaginary parts [n, bins] and shifts r [n]."""
-
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-        transform, n_fft = tables.transform, tables.spec.n_fft
-        pairs = np.arange((tables.taps + 1) // 2)
-        bins = np.arange(tables.filters.low_bin, tables.filters.high_bin + 1)
-        index = np.outer(pairs + transform.start, bins) % n_fft  # [pairs, bins], from the middle of the window outwards
-        self._cosines = transform.wave[:n_fft][index].astype(np.float64)
-        self._sines = transform.wave[n_fft:][index].astype(np.float64)
-
-    def __call__(self, windowed: Integers) -> tuple[Integers, Integers, Integers]:
-        tables = self._tables
-        middle = tables.taps // 2
-        after = windowed[:, middle:]  # [n, pairs]: the middle sample, where there is one, and those after it
-        before = windowed[:, : tables.taps - middle][:, ::-1]
-        even, odd = after + before, after - before
-        if tables.taps % 2:
-            even[:, 0] = windowed[:, middle]  # paired with itself
-        shift = _frame_shift(np.maximum(np.abs(even).max(1), np.abs(odd).max(1)), tables)
-        parts = []
-        for values, matrix in ((even, self._cosines), (odd, self._sines)):
-            sums = shift_right(values, shift[:, None]).astype(np.float64) @ matrix
-            parts.append(shift_right(sums.astype(np.int64), tables.transform.output_shift))
-        return parts[0], parts[1], shift
-
-
-class _Fourier:
-    """Spectrum by a mixed-radix FFT of n_fft / 2 complex values; results as those of _Dense."""
-
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-        n_fft = tables.spec.n_fft
-        wave = tables.transform.wave.astype(np.int64)
-        self._sine, self._cosine = wave[:n_fft], wave[n_fft // 4 :]
-
-    def __call__(self, windowed: Integers) -> tuple[Integers, Integers, Integers]:
-        tables = self._tables
-        shift = _frame_shift(np.abs(windowed).max(1), tables)
-        points = tables.spec.n_fft // 2
-        data = np.zeros((points, 2, len(windowed)), np.int64)  # real and imaginary parts of the points, frames last
-        # The phase is not used, so the window stands at the start of the transform; zeros follow it.
-        scaled = shift_right(windowed, shift[:, None]).T  # [taps, n]
-        number = np.arange(tables.taps)
-        data[tables.transform.order[number >> 1], number & 1] = scaled
-        real, imaginary = data[:, 0].copy(), data[:, 1].copy()
-        length = 1
-        for radix in tables.transform.radices:
-            real, imaginary = self._stage(real, imaginary, length, radix)
-            length *= radix
-        real, imaginary = self._split(real, imaginary)
-        used = slice(tables.filters.low_bin, tables.filters.high_bin + 1)
-        return real[used].T, imaginary[used].T, shift
-
-    def _turn(self, real: Any, imaginary: Any, index: Integers) -> tuple[Integers, Integers]:
-        """Multiply by exp(-2 pi i index / n_fft) [j], along the values' axis before the last."""
-        cosine, sine = self._cosine[index][:, None], self._sine[index][:, None]
-        return shift_right(real * cosine + imaginary * sine, 15), shift_right(imaginary * cosine - real * sine, 15)
-
-    def _stage(self, real: Integers, imaginary: Integers, length: int, radix: int) -> tuple[Integers, Integers]:
-        """Join `radix` neighbouring transforms of `length` points each."""
-        n_fft = self._tables.spec.n_fft
-        shape = (len(real) // (length * radix), radix, length, real.shape[1])
-        step = n_fft // (length * radix)
-        a, b = real.reshape(shape), imaginary.reshape(shape)
-        for part in range(1, radix):
-            index = np.arange(1, length) * (part * step)  # point 0 is not turned
-            a[:, part, 1:], b[:, part, 1:] = self._turn(a[:, part, 1:], b[:, part, 1:], index)
-        out_a, out_b = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        if radix == 2:
-            for target, x in ((out_a, a), (out_b, b)):
-                target[:, 0], target[:, 1] = x[:, 0] + x[:, 1], x[:, 0] - x[:, 1]
-        elif radix == 4:
-            even_a, even_b = a[:, 0] + a[:, 2], b[:, 0] + b[:, 2]
-            odd_a, odd_b = a[:, 1] + a[:, 3], b[:, 1] + b[:, 3]
-            out_a[:, 0], out_b[:, 0] = even_a + odd_a, even_b + odd_b
-            out_a[:, 2], out_b[:, 2] = even_a - odd_a, even_b - odd_b
-            even_a, even_b = a[:, 0] - a[:, 2], b[:, 0] - b[:, 2]
-            odd_a, odd_b = a[:, 1] - a[:, 3], b[:, 1] - b[:, 3]
-            out_a[:, 1], out_b[:, 1] = even_a + odd_b, even_b - odd_a
-            out_a[:, 3], out_b[:, 3] = even_a - odd_b, even_b + odd_a
-        else:
-            out_a[:, 0], out_b[:, 0] = a.sum(1), b.sum(1)
-            x, y = a[:, 1:], b[:, 1:]
-            for row in range(1, radix):
-                index = np.arange(1, radix) * row % radix * (n_fft // radix)
-                cosine, sine = self._cosine[index][:, None, None], self._sine[index][:, None, None]
-                out_a[:, row] = a[:, 0] + shift_right((x * cosine + y * sine).sum(1), 15)
-                out_b[:, row] = b[:, 0] + shift_right((y * cosine - x * sine).sum(1), 15)
-        return out_a.reshape(real.shape), out_b.reshape(real.shape)
-
-    def _split(self, real: Integers, imaginary: Integers) -> tuple[Integers, Integers]:
-        """Twice the spectrum [n_fft / 2 + 1, n] of the real samples whose even ones are `real`, odd ones `imaginary`."""
-        points = len(real)
-        out_a, out_b = (np.zeros((points + 1, real.shape[1]), np.int64) for _ in range(2))
-        out_a[0], out_a[points] = 2 * (real[0] + imaginary[0]), 2 * (real[0] - imaginary[0])
-        k = np.arange(1, points // 2 + 1)
-        mirror = points - k
-        even_a, even_b = real[k] + real[mirror], imaginary[k] - imaginary[mirror]
-        odd_a, odd_b = self._turn(real[k] - real[mirror], imaginary[k] + imaginary[mirror], k)
-        out_a[k], out_b[k] = even_a + odd_b, even_b - odd_a
-        out_a[mirror], out_b[mirror] = even_a - odd_b, -even_b - odd_a
-        return out_a, out_b
+    return torch.from_numpy(matrix)

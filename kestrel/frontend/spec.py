@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kestrel.settings import setting
+from kestrel.settings import setting, to_dict
 
 
 @dataclass
@@ -35,6 +35,20 @@ class FrontendSpec:
         None, "raise each clip's values to this far below its own maximum (log db or db20)", min=0
     )
     coefficients: int | None = setting(None, "DCT-II (ortho) coefficients kept; null = log filter bank", min=1)
+    arithmetic: Literal["float", "fixed"] = setting(
+        "float", "fixed: the integer front end of the C runtime, for training too; features are int16 codes"
+    )
+
+
+def stored(spec: FrontendSpec) -> dict[str, Any]:
+    """The settings as feature files and done-markers hold them; `arithmetic` stands there only where it is not float.
+
+    So float features are the same bytes as before this setting existed, and nothing that was made from them is outdated.
+    """
+    settings = to_dict(spec)
+    if spec.arithmetic == "float":
+        del settings["arithmetic"]
+    return settings
 
 
 @dataclass

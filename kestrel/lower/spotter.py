@@ -78,8 +78,18 @@ def _calibrated(graph: IntegerGraph, view: View, spotter: KeywordSpotter, weight
     return graph.add(op)
 
 
+def made_in_fixed_point(data: Features) -> bool:
+    """Whether features are codes of the fixed-point front end."""
+    return getattr(data, "frontend", {}).get("arithmetic") == "fixed"
+
+
 def feature_scale_of(data: Features, batch: int = 512) -> float:
-    """Scale of int16 features, a power of two, from the largest magnitude in a training split."""
+    """Scale of int16 features, a power of two, from the largest magnitude in a training split.
+
+    Features of the fixed-point front end keep their own, which holds whatever it can make.
+    """
+    if made_in_fixed_point(data):
+        return float(data.scale)  # type: ignore[attr-defined]
     largest = 0.0
     for start in range(0, data.shape[0], batch):
         rows = data.rows(np.arange(start, min(start + batch, data.shape[0])))

@@ -18,7 +18,7 @@ from kestrel.train.signals import held_stop_signals, ignore_stop_signals
 
 if TYPE_CHECKING:
     from kestrel.corpus.augment import Augmenter
-    from kestrel.frontend.features import Frontend
+    from kestrel.frontend.make import AnyFrontend
 
 _FULL_SCALE = 32768.0  # int16 audio to -1..1
 
@@ -109,7 +109,7 @@ class Split:
         batch_size: int,
         training: bool = False,
         seed: int = 0,
-        frontend: Frontend | None = None,
+        frontend: AnyFrontend | None = None,
         augmenter: Augmenter | None = None,
         workers: int = 0,
     ) -> None:

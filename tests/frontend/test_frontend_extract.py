@@ -10,19 +10,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import soundfile
 import torch
 
 from kestrel.corpus.audio import read_window
+from kestrel.corpus.augment import Augmenter
 from kestrel.corpus.manifest import Clip
+from kestrel.corpus.spec import AugmentSpec
 from kestrel.errors import KestrelError
 from kestrel.frontend.extract import extract, pack_audio, pack_noise
 from kestrel.frontend.features import Frontend
-from kestrel.frontend.spec import FrontendSpec
-from kestrel.settings import build, load_yaml, to_dict
+from kestrel.frontend.fixed import FixedFrontend
+from kestrel.frontend.make import make_frontend
+from kestrel.frontend.spec import FrontendSpec, stored
+from kestrel.settings import build, load_yaml
 from kestrel.store.hdf5 import AudioFile, FeatureFile, read_noise
+from kestrel.train.data import Split
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = FrontendSpec(name="small", mel_bands=20, coefficients=8)
@@ -126,10 +132,53 @@ def test_features_are_exactly_what_training_computes(
         assert features.shape == (22, 13, 8) and np.array_equal(features.labels, audio.labels)
         assert (features.utt_ids, features.speakers, features.split) == (audio.utt_ids, audio.speakers, "train")
         assert features.protocol == PROTOCOL and features.corpus == "tiny"
-        assert build(FrontendSpec, features.frontend) == SPEC and features.frontend == to_dict(SPEC)
+        assert build(FrontendSpec, features.frontend) == SPEC and features.frontend == stored(SPEC)
         assert calls == [(9, 22), (18, 22), (22, 22)]
         extract(audio, Frontend(SPEC), tmp_path / "again.h5")
     assert (tmp_path / "again.h5").read_bytes() == features.path.read_bytes()
+
+
+def test_fixed_point_features_are_stored_as_codes(tmp_path: Path, corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips, roots = corpus
+    pack_audio(clips, roots, PROTOCOL, "train", tmp_path / "audio.h5")
+    monkeypatch.setattr("kestrel.frontend.extract._BLOCK", 9)
+    spec = FrontendSpec(**{**vars(SPEC), "arithmetic": "fixed"})
+    with AudioFile(tmp_path / "audio.h5") as audio:
+        extract(audio, make_frontend(spec), tmp_path / "train.h5")
+        extract(audio, make_frontend(spec), tmp_path / "again.h5")
+        wanted = FixedFrontend(spec)
+        codes = wanted(audio.rows(np.arange(22)))
+    with h5py.File(tmp_path / "train.h5") as file:
+        assert file["features"].dtype == np.int16 and np.array_equal(file["features"][:], codes)
+        assert (file["features"].attrs["scale"], file["features"].attrs["offset"]) == (wanted.scale, 0.0)
+    features = FeatureFile(tmp_path / "train.h5")
+    assert np.array_equal(features.rows([3, 1]), wanted.dequantise(codes[[3, 1]]))
+    assert build(FrontendSpec, features.frontend) == spec and features.frontend["arithmetic"] == "fixed"
+    assert (tmp_path / "again.h5").read_bytes() == features.path.read_bytes()
+
+
+def test_training_batches_are_the_stored_codes(tmp_path: Path, corpus: Any) -> None:
+    """Audio that augmentation leaves as it is gives the features of stage 2, whatever the number of loader processes."""
+    clips, roots = corpus
+    pack_audio(clips, roots, PROTOCOL, "train", tmp_path / "audio.h5")
+    pack_noise(PROTOCOL, roots, tmp_path / "noise.h5")
+    noise, offsets, _ = read_noise(tmp_path / "noise.h5")
+    frontend = make_frontend(FrontendSpec(**{**vars(SPEC), "arithmetic": "fixed"}))
+    audio = AudioFile(tmp_path / "audio.h5")
+    extract(audio, frontend, tmp_path / "train.h5")
+    stored_features = FeatureFile(tmp_path / "train.h5")
+    for loudness, same in ((0.0, True), (0.5, False)):
+        spec = AugmentSpec(time_shift_ms=0.0, noise_frequency=1.0, noise_volume=loudness)
+        for workers in (0, 2):
+            augmenter = Augmenter(spec, noise, offsets, 16000, None, 0)
+            split = Split(audio, batch_size=8, training=True, frontend=frontend, augmenter=augmenter, workers=workers)
+            assert split.shape == (13, 8)
+            for batch in split.batches(1):
+                wave = augmenter(audio.rows(batch.rows), audio.labels[batch.rows], batch.rows, 1)
+                samples = np.rint(wave.numpy() * 32768).clip(-32768, 32767).astype(np.int16)
+                made = FixedFrontend(frontend.spec)(samples)
+                assert np.array_equal(batch.features.numpy(), made * np.float32(frontend.scale))
+                assert np.array_equal(batch.features.numpy(), stored_features.rows(batch.rows)) == same
 
 
 def test_empty_filters_are_reported_once(tmp_path: Path, corpus: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,8 +188,10 @@ def test_empty_filters_are_reported_once(tmp_path: Path, corpus: Any, caplog: py
     with caplog.at_level(logging.INFO, "kestrel"), AudioFile(tmp_path / "audio.h5") as audio:
         extract(audio, Frontend(spec), tmp_path / "features.h5")
         extract(audio, Frontend(SPEC), tmp_path / "features.h5")
+        spec.arithmetic = "fixed"
+        fixed = make_frontend(spec).describe_empty_filters()
     lines = [record.getMessage() for record in caplog.records if "mel filters are empty" in record.getMessage()]
-    assert len(lines) == 1 and "6 of 160" in lines[0] and "28 and 275 Hz" in lines[0]
+    assert len(lines) == 1 and "6 of 160" in lines[0] and "28 and 275 Hz" in lines[0] and fixed == lines[0]
 
 
 def test_missing_or_changed_clips_stop_the_stage(tmp_path: Path, corpus: Any) -> None:
@@ -206,30 +257,36 @@ import torch
 torch.set_num_threads(1)
 from kestrel.corpus.manifest import Clip
 from kestrel.frontend.extract import extract, pack_audio
-from kestrel.frontend.features import Frontend
+from kestrel.frontend.make import make_frontend
 from kestrel.frontend.spec import FrontendSpec
 from kestrel.store.hdf5 import AudioFile
-folder, count = Path(sys.argv[1]), int(sys.argv[2])
+folder, count, arithmetic = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 clips = [Clip(f"yes/{i}", "main:clip.wav", "yes", 0, "s", 0, 16000, 1.0) for i in range(count)]
 protocol = {"name": "p", "classes": ["yes"], "sample_rate": 16000, "clip_samples": 16000}
 pack_audio(clips, {"main": folder}, protocol, "train", folder / "audio.h5")
 with AudioFile(folder / "audio.h5") as audio:
-    extract(audio, Frontend(FrontendSpec(name="x", mel_bands=40, hop=160)), folder / "features.h5")
+    spec = FrontendSpec(name="x", mel_bands=40, hop=160, arithmetic=arithmetic)
+    extract(audio, make_frontend(spec), folder / "features.h5")
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_clips(tmp_path: Path) -> None:
-    """Peak memory of packing and extracting N and 8 N clips: 7 N clips are 179 MB of audio, 90 MB of features.
+@pytest.mark.parametrize(("arithmetic", "clips"), [("float", 800), ("fixed", 250)])
+def test_memory_does_not_grow_with_the_clips(tmp_path: Path, arithmetic: str, clips: int) -> None:
+    """Peak memory of packing and extracting N and 8 N clips: of N = 800, 7 N are 179 MB of audio, 90 MB of float features.
 
     Names and labels take about 2 kB a clip (11 MB here), and the peak varies by some 10 MB from run to run.
     """
     soundfile.write(tmp_path / "clip.wav", np.ones(16000, np.int16), 16000)
     peaks = []
-    for count in (800, 6400):
+    for count in (clips, 8 * clips):
         done = subprocess.run(
-            [sys.executable, "-c", PEAK, tmp_path, str(count)], cwd=ROOT, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", PEAK, tmp_path, str(count), arithmetic],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) * 1024)

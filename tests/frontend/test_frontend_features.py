@@ -34,6 +34,7 @@ CONF = sorted((ROOT / "conf" / "frontends").glob("*.yaml"))
 SHAPES = {
     "iscas21": (50, 40),
     "hello_edge": (49, 10),
+    "hello_edge40": (49, 40),
     "spartus": (61, 16),
     "nas_kws": (51, 10),
     "nas_kws20": (51, 20),
