@@ -14,6 +14,13 @@ MODEL_FILES = {
     "model.h": "its entry points, shapes and scales",
     "kestrel.h": "the kernels, declared",
     "kestrel_ops.c": "the kernels, C99 without heap and floating point",
+    "kestrel_isa.h": "vector kernels of computers (-DKESTREL_SIMD; a microcontroller needs none of these files): names",
+    "kestrel_isa.c": "the choice among them when a program starts",
+    "kestrel_fast.h": "vector kernels",
+    "kestrel_vector.h": "vector operations of AVX2, AVX-512 and NEON",
+    "kestrel_avx2.c": "kernels for AVX2",
+    "kestrel_avx512.c": "kernels for AVX-512 with VNNI",
+    "kestrel_neon.c": "kernels for NEON",
     "main.c": "host program: features or sound in, classes out",
     "Makefile": "make builds it, make sanitize with checks of memory and undefined behaviour",
 }
@@ -21,10 +28,12 @@ WAV_FILES = {
     "kestrel_frontend_tables.h": "constants of the fixed-point front end",
     "kestrel_frontend.h": "the fixed-point front end, declared",
     "kestrel_frontend.c": "the fixed-point front end: samples in, features out",
+    "sound.h": "the model behind the front end, declared",
+    "sound.c": "the model behind the front end: a clip at once, or samples as they come",
     "wav.h": "sound files, declared",
     "wav.c": "sound files",
 }
-_FOLDERS = ("include", "src", "targets/host")
+_FOLDERS = ("include", "src", "targets", "targets/host")
 
 
 def files(model: CModel) -> dict[str, str]:

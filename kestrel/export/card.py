@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kestrel.export.form import Part
+from kestrel.hw.markdown import section as hardware_section
+from kestrel.hw.result import Figures
 from kestrel.models.evaluate import Accuracy
 from kestrel.store.markdown import flat, percent, table
 
@@ -24,6 +26,8 @@ class Subject:
     layers: Sequence[Mapping[str, Any]]
     parameters: int
     macs: int
+    hardware: Figures | None  # None: there is no hardware model of the network, for the reason `no_hardware`
+    no_hardware: str
 
 
 # What an export does not hold yet, in the words of the card, beside what its parts name themselves.
@@ -45,6 +49,7 @@ def card(
         _interface(subject),
         *(f"## {part.title}\n\n{part.text}" for part in parts),
         _layers(subject),
+        hardware_section(subject.hardware, subject.no_hardware),
         _files(parts, files),
         "## Not included\n\n" + "\n".join(f"* {line}" for line in _missing(parts)),
         _origin(subject),
@@ -64,6 +69,8 @@ def _headline(subject: Subject, accuracies: Mapping[str, Accuracy], parts: Seque
             (name, percent(right.value, 2), f"{100 * low:.2f}-{100 * high:.2f} %", f"{right.correct:,} of {right.n:,}")
         )
     facts: list[Sequence[Any]] = [("parameters", subject.parameters), ("multiply-adds per clip", subject.macs)]
+    if subject.hardware is not None:
+        facts.append(("energy per decision (model)", f"{subject.hardware.energy.total_uj:,.3f} µJ"))
     facts += [fact for part in parts for fact in part.facts.items()]
     return "\n".join(
         [

@@ -16,7 +16,7 @@ from kestrel.models.evaluate import Accuracy, ProgressCallback
 
 if TYPE_CHECKING:
     from kestrel.models.spotter import KeywordSpotter
-    from kestrel.store.hdf5 import FeatureFile
+    from kestrel.store.hdf5 import AudioFile, FeatureFile
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Work:
     `logits` float32 [N, C] are the trained network's on every clip, without device noise; `decoded` those with the
     weights that the integer codes stand for. `graph` is the integer model and `integer` its answers on every clip, in
     the order of `data`; both are None where the network cannot be lowered, and `obstacle` says why. `protocol` has name
-    and hash. `next_pass` gives the progress callback of the form's pass over the clips.
+    and hash. `next_pass` gives the progress callback of the form's pass over the clips. `audio` is the sound of the same
+    clips, where it is known.
     """
 
     spotter: KeywordSpotter
@@ -40,6 +41,7 @@ class Work:
     batch_size: int
     protocol: Mapping[str, str]
     next_pass: Callable[[], ProgressCallback]
+    audio: AudioFile | None = None
 
 
 @dataclass(frozen=True)

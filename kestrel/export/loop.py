@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kestrel.models.block_lstm import BlockLSTM
 from kestrel.models.network import Network
 from kestrel.nn.cell import ROW
+from kestrel.nn.chip import Chip
 from kestrel.nn.quant_lstm import QuantLSTM
 
 # Order in which the compiled cell takes the clipping ranges.
@@ -66,13 +67,15 @@ class _LoopLSTM(nn.Module):
         super().__init__()
         w_ih, b_ih = lstm.device.stored(lstm.w_ih.detach(), lstm.b_ih.detach())
         w_hh, b_hh = lstm.device.stored(lstm.w_hh.detach(), lstm.b_hh.detach())
-        ranges = lstm.ranges_in_use().detach()[[ROW[name] for name in _ORDER]].unsqueeze(-1).unsqueeze(-1)  # [13, N, 1, 1]
+        ranges = (
+            lstm.ranges_in_use().detach()[[ROW[name] for name in _ORDER]].unsqueeze(-1).unsqueeze(-1)
+        )  # [13, N, 1, 1]
         self.tensors = [w_ih, w_hh, b_ih.unsqueeze(1), b_hh.unsqueeze(1), ranges]
         self.bits = (lstm.bits.inp or 0, lstm.bits.mvm or 0, lstm.bits.nm or 0)
 
-    def forward(self, x: Tensor, drop_p: float = 0.0, noise: float = 0.0) -> Tensor:
+    def forward(self, x: Tensor, drop_p: float = 0.0, noise: float = 0.0, chip: Chip | None = None) -> Tensor:
         """[B, T, I] -> [N, B, H]."""
-        if drop_p > 0 or noise > 0:
+        if drop_p > 0 or noise > 0 or chip:
             raise ValueError("the loop is for evaluation without noise")
         return _compiled()(x, *self.tensors, *self.bits)
 
@@ -85,5 +88,7 @@ def with_loops(net: Network) -> Network:
 
 @with_loops.register
 def _(net: BlockLSTM) -> BlockLSTM:
+    if net.bits.slices:
+        return net  # bit-serial products are traced step by step
     net.lstm = _LoopLSTM(net.lstm)  # type: ignore[assignment]
     return net

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
 from kestrel.export.c_form import TITLE as C_TITLE
-from kestrel.export.c_form import c_form
+from kestrel.export.c_form import c_form, refuse_limits
 from kestrel.export.card import Subject, card
 from kestrel.export.codes import EXPORTED, codes_form
 from kestrel.export.form import Form, Part, Work
@@ -21,21 +21,30 @@ from kestrel.export.onnx import onnx_form
 from kestrel.export.qdq import qdq_form
 from kestrel.export.spec import ExportSpec
 from kestrel.export.vectors import vectors_form
+from kestrel.hw.network import hardware
 from kestrel.lower.answers import answers, float64_answers, lowered, predict_decoded
 from kestrel.models.evaluate import Accuracy, Passes, ProgressCallback, accuracy, device_of, evaluation_noise, predict
-from kestrel.models.inventory import evaluation_noise_of, layers, network_shape, noise_off, parameters
+from kestrel.models.inventory import (
+    describe_devices,
+    device_figures,
+    layers,
+    network_shape,
+    noise_off,
+    parameters,
+)
 from kestrel.store.atomic import atomic_folder, disk_error, write_json, write_text
 from kestrel.store.hashing import sha256_file
 
 if TYPE_CHECKING:
     from kestrel.models.spotter import KeywordSpotter
-    from kestrel.store.hdf5 import FeatureFile
+    from kestrel.store.hdf5 import AudioFile, FeatureFile
 
 
 def _c_if_wanted(work: Work, folder: Path) -> Part:
     """c/, unless it is switched off: its proof needs a compiler."""
     if work.settings.c:
         return c_form(work, folder)
+    refuse_limits(work.settings, "export.c is false")
     text = "Left out, since `export.c` is false."
     return Part(C_TITLE, text, missing=("C program, and the computation of features from audio: `export.c` is false.",))
 
@@ -58,6 +67,7 @@ def export(
     settings: ExportSpec,
     feature_scale: float | None,
     provenance: Mapping[str, Any],
+    audio: AudioFile | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Write every form of `spotter` and card.md into the folder `out_dir` at once; returns the content of export.json.
@@ -69,28 +79,32 @@ def export(
         feature_scale: scale of the integer model's feature codes (kestrel.lower.spotter.feature_scale_of); None where it
             is not known, which leaves the integer model out.
         provenance: checkpoint_sha256, git_commit, git_dirty, torch, command.
+        audio: the packed sound of the same clips, from which the C program is proven from sound to logits.
 
-    Raises KestrelError where a form does not answer as the trained network does; nothing is written then.
+    Raises KestrelError where a form does not answer as the trained network does, or exceeds a limit; nothing is written
+    then.
     """
     if list(data.classes) != list(identity["classes"]):
         raise KestrelError(
             f"the features have classes {' '.join(data.classes)}, the checkpoint {' '.join(identity['classes'])}: "
             "export it with features of its own protocol"
         )
-    noise = evaluation_noise_of(spotter.net)
+    deviations = device_figures(spotter.net)
     graph, obstacle = lowered(spotter, feature_scale, settings.weight_bits)
     passes = Passes(
-        progress, len(data.labels), 2 + 2 * settings.onnx + (noise > 0) + (0 if graph is None else 1 + settings.c)
+        progress,
+        len(data.labels),
+        2 + 2 * settings.onnx + bool(deviations) + (0 if graph is None else 1 + settings.c * (1 + (audio is not None))),
     )
     with noise_off(spotter.net):
         logits = predict(spotter, data, batch_size, passes.next())
     references = {TRAINED: accuracy(logits, data.labels)}
-    if noise > 0:
+    if deviations:
         with evaluation_noise(seed, chip, device_of(spotter)):
             noisy = predict(spotter, data, batch_size, passes.next())
-        references[f"trained weights with device noise {noise:g} (seed {seed}, chip {chip})"] = accuracy(
-            noisy, data.labels
-        )
+        plain = set(deviations) == {"noise_read"}
+        what = f"device noise {deviations['noise_read']:g}" if plain else describe_devices(deviations)
+        references[f"trained weights with {what} (seed {seed}, chip {chip})"] = accuracy(noisy, data.labels)
     protocol = {key: data.protocol[key] for key in ("name", "hash")}
     decoded = predict_decoded(spotter, data, settings.weight_bits, batch_size, passes.next())
     integer = None
@@ -109,8 +123,10 @@ def export(
         batch_size=batch_size,
         protocol=protocol,
         next_pass=passes.next,
+        audio=audio,
     )
     shape = network_shape(spotter)
+    figures, no_figures = hardware(spotter.net, shape[0])
     subject = Subject(
         identity=identity,
         protocol=protocol,
@@ -121,6 +137,8 @@ def export(
         layers=layers(spotter.net, shape[0]),
         parameters=parameters(spotter.net),
         macs=spotter.net.macs(shape[0]),
+        hardware=figures,
+        no_hardware=no_figures,
     )
     try:
         with atomic_folder(out_dir) as folder:
@@ -162,6 +180,7 @@ def _summary(
         "trained_ci95": [round(bound, DIGITS) for bound in trained.ci95],
         "parameters": subject.parameters,
         "macs": subject.macs,
+        **({} if subject.hardware is None else subject.hardware.record()),
         **figures,
         "classes": list(subject.identity["classes"]),
         "input_shape": list(subject.input_shape),

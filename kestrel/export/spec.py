@@ -16,6 +16,12 @@ class ExportSpec:
     )
     onnx: bool = setting(True, "write the network as ONNX, float and QDQ, and check both in onnxruntime")
     c: bool = setting(True, "write the integer model as a C program and prove it bit-identical (needs gcc and make)")
+    flash_limit: int | None = setting(
+        None, "bytes of code and constants that the C program may take on a device; null = no limit", min=1
+    )
+    ram_limit: int | None = setting(
+        None, "bytes of memory, stack included, that the C program may take on a device; null = no limit", min=1
+    )
     vectors: int = setting(
         2, "clips whose every tensor is written as test vectors for hardware (0 = none)", min=0, max=16
     )

@@ -13,7 +13,7 @@ import numpy as np
 from kestrel.export.form import Part, Work
 from kestrel.lower.files import vars_of
 from kestrel.lower.graph import IntegerGraph, Scan, input_codes
-from kestrel.lower.ops import Conv2d, DepthwiseConv2d, MatMul, Multiply, Op, SumPool
+from kestrel.lower.ops import AddRequantise, Conv2d, DepthwiseConv2d, MatMul, Multiply, Op, SumPool
 from kestrel.lower.spotter import FEATURES
 from kestrel.lower.tensor import Constant
 from kestrel.quant.integer import Rescale
@@ -26,6 +26,7 @@ FORMAT = "kestrel-vectors-1"
 STEPS = 4  # time steps of tensors inside a scan; fewer where a step is large
 LARGEST_TEXT = 3_000_000  # bytes of the text files of tensors that the steps are chosen for
 _ACCUMULATOR_BITS = 32
+_SUM_BITS = 64  # of the products with multipliers that AddRequantise adds
 _PACKED_BITS = {"ternary": 2, "binary": 1}
 
 
@@ -49,7 +50,7 @@ class Vector:
 
     @property
     def array(self) -> np.ndarray:
-        """The values as the smallest of int8, int16 and int32 that holds the storage."""
+        """The values as the smallest of int8, int16, int32 and int64 that holds the storage."""
         low, high = int(self.values.min(initial=0)), int(self.values.max(initial=0))
         wide = max(8, self.bits)
         for kind in (np.int8, np.int16, np.int32):
@@ -151,7 +152,9 @@ def _stems(names: list[str]) -> dict[str, str]:
 
 
 def accumulators(op: Op, arrays: list[np.ndarray]) -> np.ndarray | None:
-    """What `op` holds in int32 before it rescales; None where that is its output, or it has none."""
+    """What `op` holds before it rescales, see accumulator_bits; None where that is its output, or it has none."""
+    if isinstance(op, AddRequantise):
+        return np.asarray(sum(x.astype(np.int64) * m for x, m in zip(arrays, op.multipliers, strict=True)))
     if getattr(op, "rescale", None) is None:
         return None
     if isinstance(op, (MatMul, Conv2d, DepthwiseConv2d)):
@@ -161,6 +164,11 @@ def accumulators(op: Op, arrays: list[np.ndarray]) -> np.ndarray | None:
     if isinstance(op, SumPool):
         return op.window.views(arrays[0]).sum(axis=(4, 5))
     return None
+
+
+def accumulator_bits(op: Op) -> int:
+    """Bits of what `op` holds before it rescales."""
+    return _SUM_BITS if isinstance(op, AddRequantise) else _ACCUMULATOR_BITS
 
 
 def _steps(graph: IntegerGraph, clips: int) -> int | None:
@@ -183,8 +191,9 @@ def _tensors(graph: IntegerGraph, trace: dict[str, np.ndarray], steps: int | Non
     for name, tensor, scan in graph.all_tensors():
         op, _ = makers.get(name, (None, None))
         found = None if op is None else accumulators(op, [_folded(trace[x], scan, steps) for x in op.inputs])
-        if found is not None:
-            yield Vector(f"{name}.acc", _unfolded(found, len(trace[name]), scan), _ACCUMULATOR_BITS, _kept(scan, steps))
+        if op is not None and found is not None:
+            bits = accumulator_bits(op)
+            yield Vector(f"{name}.acc", _unfolded(found, len(trace[name]), scan), bits, _kept(scan, steps))
         values = trace[name] if scan is None else trace[name][:, :steps]
         yield Vector(name, values, tensor.bits, _kept(scan, steps))
 
@@ -268,16 +277,16 @@ def _readme(graph: IntegerGraph, steps: int | None, tensors: list[Vector], stems
         "## Files\n\n"
         "* index.json: the clips; the ops in the order of their execution with what they read and make; for each tensor and "
         "constant its text file, shape and bits; SHA-256 of the text files.\n"
-        "* clip<k>/<tensor>.hex: values of one tensor for one clip. <tensor>.acc.hex: its int32 accumulators, before "
-        "rescaling.\n"
+        "* clip<k>/<tensor>.hex: values of one tensor for one clip. <tensor>.acc.hex: its accumulators, before rescaling: "
+        "int32, or for AddRequantise the int64 sum of products with multipliers.\n"
         "* constants/<tensor>.<field>.hex: weights, biases and tables of the op that makes <tensor>; `multipliers` and "
         "`offsets` of its rescaling (one for all, or one for each index of the last axis). Shift and limits stand in "
         "index.json.\n"
         "* vectors.npz: the same under the same names, as arrays [clips, (time,) shape], constants as they are.\n\n"
         "## Text files\n\n"
         "One value per line, row-major (the last axis is the fastest), two's complement in hex with ceil(bits / 4) digits: "
-        "-1 is `f` at 4 bits, `3f` at 6, `ff` at 8, `ffffffff` at 32. `bits` is the storage: 8, 16 or 32 for tensors, 32 for "
-        "accumulators, multipliers and offsets, the trained bits for weights. Ternary weights take 2 bits. A binary weight is "
+        "-1 is `f` at 4 bits, `3f` at 6, `ff` at 8, `ffffffff` at 32. `bits` is the storage: 8, 16 or 32 for tensors, 32 or 64 for "
+        "accumulators, 32 for multipliers and offsets, the trained bits for weights. Ternary weights take 2 bits. A binary weight is "
         "1 bit, set for -1. Where index.json says `odd`, a line is k and the value is 2k + 1.\n\n"
         f"{scanned}"
         "## Example\n\n" + (_matmul_example(product, tensors, stems) if product else _plain_example(tensors, stems))

@@ -1,13 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Runs the clips of sample.h (CLIPS, `clips`) on a microcontroller, or an emulated one, and prints their logits and the
- * instructions of the last inference. Output needs semihosting.
+ * Runs the clips of sample.h (CLIPS, `clips`) on a microcontroller, or an emulated one, and prints their logits, then the
+ * instructions of the last inference and the most bytes of stack that one took. Clips are features, or with SOUND defined
+ * samples, which go through the front end block by block. Output needs semihosting.
  */
 #include <stdint.h>
 #include <stdio.h>
 
 #include "model.h"
 #include "sample.h"
+#ifdef SOUND
+#include "kestrel_frontend.h"
+#include "sound.h"
+#endif
 
 #ifdef __riscv
 static uint32_t instructions(void) {
@@ -37,19 +42,60 @@ static uint32_t instructions(void) {
 }
 #endif
 
+#define STACK 16384 /* bytes that are watched */
+#define PATTERN 0xA5
+#define APART __attribute__((noinline))
+
+static volatile uint8_t *stack_top;
+
+APART static void paint(void) {
+    volatile uint8_t *byte;
+    stack_top = __builtin_frame_address(0);
+    for (byte = stack_top - STACK; byte < stack_top - 64; byte++) { /* the rest is in use by this function */
+        *byte = PATTERN;
+    }
+}
+
+APART static uint32_t painted(void) {
+    uint32_t count = 0;
+    while (count < STACK - 64 && stack_top[(int32_t)count - STACK] == PATTERN) {
+        count++;
+    }
+    return count;
+}
+
+#ifdef SOUND
+APART static void infer(const int16_t *samples, int32_t *logits) {
+    int32_t left = KESTREL_MODEL_CLIP_SAMPLES;
+    kestrel_sound_start();
+    while (left > 0) {
+        kestrel_sound_push(samples, left < KFE_HOP ? left : KFE_HOP);
+        samples += KFE_HOP;
+        left -= KFE_HOP;
+    }
+    kestrel_sound_finish(logits);
+}
+#else
+APART static void infer(const int16_t *features, int32_t *logits) {
+    kestrel_model_run(features, logits);
+}
+#endif
+
 int main(void) {
     int32_t logits[KESTREL_MODEL_LOGITS];
-    uint32_t start, used = 0;
+    uint32_t start, used = 0, stack = 0;
     int clip, i;
     for (clip = 0; clip < CLIPS; clip++) {
+        paint();
         start = instructions();
-        kestrel_model_run(clips[clip], logits);
+        infer(clips[clip], logits);
         used = instructions() - start;
+        stack = STACK - painted() > stack ? STACK - painted() : stack;
         for (i = 0; i < KESTREL_MODEL_LOGITS; i++) {
             printf("%s%ld", i ? " " : "", (long)logits[i]);
         }
         printf("\n");
     }
-    printf("instructions %lu\n", (unsigned long)used);
+    printf("instructions %lu\nstack %lu\n", (unsigned long)used, (unsigned long)stack);
     return 0;
 }

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from kestrel.errors import KestrelError
-from kestrel.export.c_check import Toolchain, check, extremes, run_program
+from kestrel.export.c_check import BATCH, Batch, Programs, Toolchain, check, extremes, logits_of, run_program
 from kestrel.export.c_files import write_c
 from kestrel.export.c_frontend import wav_input
-from kestrel.export.c_memory import plan_memory, replaced_states
-from kestrel.export.c_model import check_limits, generate
+from kestrel.export.c_model import generate
 from kestrel.frontend.fixed import FixedFrontend
 from kestrel.frontend.spec import FrontendSpec
 from kestrel.lower.graph import IntegerGraph, Scan
+from kestrel.lower.memory import plan_memory, replaced_states
 from kestrel.lower.ops import ArgMax, MatMul, Requantise, Reshape
 from kestrel.lower.rnn import Thresholds
 from kestrel.lower.spotter import lower
@@ -36,7 +36,7 @@ from kestrel.settings import to_dict
 needs_compiler = pytest.mark.skipif(
     shutil.which("gcc") is None or shutil.which("make") is None, reason="needs gcc and make: apt-get install gcc make"
 )
-QUICK = Toolchain("gcc", "-O1")
+QUICK = Toolchain("gcc", "-O1", ("VECTORS=",))
 
 
 def block_lstm(**model: Any) -> IntegerGraph:
@@ -68,8 +68,8 @@ STREAMING = {"blocks"}  # the others rescale all features first
 def test_c_equals_the_integer_model(name: str) -> None:
     graph = GRAPHS[name]()
     codes = lower_kit.codes_of(graph, lower_kit.features(9, 20))
-    checked = check(generate(graph), graph, [codes], toolchain=QUICK, sanitised_clips=5)
-    assert (checked.clips, checked.sanitised) == (20, 5 + checked.extremes)
+    checked = check(generate(graph), graph, [codes], toolchain=QUICK)
+    assert (checked.clips, checked.extremes) == (20, len(extremes(graph)))
     assert len(np.unique(graph.run(codes)[graph.outputs[0]])) > 10  # there is something to compare
 
 
@@ -276,9 +276,50 @@ def test_undefined_behaviour_that_changes_no_logit_is_caught() -> None:
 def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(KestrelError, match="no C compiler .* found") as caught:
+    with pytest.raises(
+        KestrelError, match="no C compiler .* found.* apt-get install gcc make.* --set export.c=false"
+    ) as caught:
         Toolchain.host()
     assert "\n" not in str(caught.value)
+
+
+@needs_compiler
+def test_the_sanitised_program_runs_on_every_clip() -> None:
+    """Undefined behaviour that only the last clip of several batches reaches."""
+    graph = net(lower_kit.FlatNet)
+    codes = lower_kit.codes_of(graph, lower_kit.features(9, 2 * BATCH + 3))
+    codes[:, 0, 0] = 1
+    codes[-1, 0, 0] = 77
+    wrong = "features[0] == 77 && 2147483646 + features[0] == 5"
+    change = damage(
+        "main.c",
+        "kestrel_model_run(features, logits);",
+        f"if ({wrong}) {{ clips++; }} kestrel_model_run(features, logits);",
+    )
+    check(generate(graph), graph, [codes[:-1]], toolchain=QUICK, change=change)
+    with pytest.raises(KestrelError, match="model-sanitize fails: .*signed integer overflow"):
+        check(generate(graph), graph, [codes], toolchain=QUICK, change=change)
+
+
+@needs_compiler
+def test_the_first_differing_input_is_named_in_order() -> None:
+    graph = net(lower_kit.FlatNet)
+    model = generate(graph)
+    codes = lower_kit.codes_of(graph, lower_kit.features(9, 2 * BATCH))
+    logits = logits_of(graph, codes)
+    logits[BATCH + 7, 2] += 1
+    logits[BATCH + 9, 1] += 1
+    batches = [Batch(part, part, right) for part, right in zip(np.split(codes, 2), np.split(logits, 2), strict=True)]
+    seen = []
+    with (
+        pytest.raises(
+            KestrelError, match=rf"in input {BATCH + 7}: it is logits\[2\]: expected .*, and gone with tracing"
+        ),
+        Programs(model, graph, QUICK) as programs,
+    ):
+        seen.extend(programs.prove(batches))
+    assert seen == batches[:1]
+    assert not programs.folder.exists()
 
 
 @needs_compiler
@@ -287,15 +328,6 @@ def test_source_that_does_not_compile_is_one_line() -> None:
     with pytest.raises(KestrelError, match=r"does not compile \(model\): .*error") as caught:
         check(generate(graph), graph, toolchain=QUICK, change=damage("model.c", "#include", "#inclade"))
     assert "\n" not in str(caught.value)
-
-
-def test_limits_of_a_device_are_one_line() -> None:
-    model = generate(block_lstm())
-    check_limits(model, ram=model.plan.size, flash=model.constants)
-    with pytest.raises(KestrelError, match=f"needs {model.plan.size:,} bytes of RAM, the device has 100"):
-        check_limits(model, ram=100)
-    with pytest.raises(KestrelError, match="bytes of flash"):
-        check_limits(model, flash=100)
 
 
 @needs_compiler
@@ -372,6 +404,8 @@ def test_a_wrong_sound_file_is_one_line(tmp_path: Path) -> None:
     write_c(generate(graph, (), wav_input(to_dict(spec), SAMPLES, graph.tensors["features"])), tmp_path)
     program = QUICK.build(tmp_path, "model-sanitize")
     quiet = np.zeros(SAMPLES, np.int16)
+    eight_bits = write_wav(tmp_path / "eight.wav", quiet)
+    eight_bits.write_bytes(eight_bits.read_bytes().replace(b"\x02\x00\x10\x00data", b"\x01\x00\x08\x00data"))
     cut = write_wav(tmp_path / "cut.wav", quiet)
     cut.write_bytes(cut.read_bytes()[:-100])
     (tmp_path / "text.wav").write_text("no sound")
@@ -381,6 +415,7 @@ def test_a_wrong_sound_file_is_one_line(tmp_path: Path) -> None:
         write_wav(tmp_path / "long.wav", np.zeros(SAMPLES + 1)): f"has {SAMPLES + 1} samples",
         write_wav(tmp_path / "none.wav", np.zeros(0)): "has 0 samples",
         write_wav(tmp_path / "stereo.wav", quiet, channels=2): "one channel",
+        eight_bits: "not 16-bit",
         cut: "ends too early",
         tmp_path / "text.wav": "not a wav file",
         tmp_path / "empty.wav": "not a wav file",
@@ -399,10 +434,15 @@ def test_features_that_are_no_whole_clip_are_refused(tmp_path: Path) -> None:
     codes = extremes(graph)[:3]
     assert run_program(program, codes).shape == (3, lower_kit.CLASSES)
     done = subprocess.run([program, "-"], input=codes.tobytes()[:-2], capture_output=True, text=False)
-    assert done.returncode == 1 and b"bytes left over" in done.stderr
+    assert done.returncode == 1 and b"ends within a clip" in done.stderr
     assert subprocess.run([program], capture_output=True).returncode == 2
-    done = subprocess.run([program, write_wav(tmp_path / "a.wav", np.zeros(9))], capture_output=True)
-    assert done.returncode == 1 and b"without a front end" in done.stderr
+    for arguments in ([write_wav(tmp_path / "a.wav", np.zeros(9))], ["-s", "-"]):
+        done = subprocess.run([program, *arguments], input=b"", capture_output=True)
+        assert done.returncode == 1 and b"without a front end" in done.stderr and done.stderr.count(b"\n") == 1
+    for arguments in (["-x", "-"], ["-f"], ["-f", tmp_path / "f"]):
+        assert subprocess.run([program, *arguments], capture_output=True).returncode == 2
+    done = subprocess.run([program, "-f", tmp_path / "no" / "folder", "-"], input=b"", capture_output=True)
+    assert done.returncode == 1 and b"cannot be written" in done.stderr
 
 
 def test_graphs_of_other_forms_are_refused() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import re
@@ -6,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from score_kit import CLASSES, FEATURE_SCALE, IDENTITY, PROVENANCE, feature_file, spotter
+from score_kit import CLASSES, FEATURE_SCALE, IDENTITY, PROVENANCE, analog, feature_file, spotter
 
 from kestrel.errors import KestrelError
 from kestrel.export import onnx as onnx_export
+from kestrel.export.c_check import Toolchain
+from kestrel.export.c_files import MODEL_FILES
 from kestrel.export.run import export
 from kestrel.export.spec import ExportSpec
 from kestrel.models.evaluate import predict
@@ -27,7 +30,7 @@ ARGUMENTS = {
 FILES = {
     *("card.md", "export.json", "model.onnx", "model_qdq.onnx", "example.npz", "codes.npz", "weights.bin"),
     *("integer/integer.json", "integer/integer.npz", "integer/constants.bin"),
-    *("c/Makefile", "c/kestrel.h", "c/kestrel_ops.c", "c/main.c", "c/model.c", "c/model.h"),
+    *(f"c/{name}" for name in MODEL_FILES),
     *("vectors/README.md", "vectors/index.json", "vectors/vectors.npz"),
 }
 
@@ -39,6 +42,15 @@ def files_of(folder):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return feature_file(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def portable_kernels():
+    """Without vector kernels, which take long to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        host = Toolchain.host
+        patch.setattr(Toolchain, "host", staticmethod(lambda: dataclasses.replace(host(), variables=("VECTORS=",))))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +181,39 @@ def test_a_failed_check_leaves_the_old_folder(tmp_path, data, monkeypatch):
     with pytest.raises(KestrelError, match="otherwise than PyTorch"):
         export(spotter(), data, tmp_path / "export", settings=ExportSpec(c=False), **ARGUMENTS)
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "old"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"ram_limit": 100}, r"bytes of ram on .*, export.ram_limit is 100"),
+        ({"flash_limit": 100}, r"bytes of flash on .*, export.flash_limit is 100"),
+        ({"flash_limit": 10**9, "c": False}, r"export.flash_limit is set, but export.c is false"),
+        ({"ram_limit": 10**9, "c": False}, r"--set export.ram_limit=null exports without it"),
+    ],
+)
+def test_a_limit_that_is_not_kept_or_cannot_be_checked_leaves_nothing(settings, text, tmp_path, data):
+    with pytest.raises(KestrelError, match=text) as caught:
+        export(
+            spotter(), data, tmp_path / "export", settings=ExportSpec(onnx=False, vectors=0, **settings), **ARGUMENTS
+        )
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_on_a_network_without_c_form_is_refused(tmp_path, data):
+    with pytest.raises(KestrelError, match="export.ram_limit is set, but the network has no C form: .*quant_inp"):
+        export(analog(), data, tmp_path / "export", settings=ExportSpec(onnx=False, ram_limit=10**9), **ARGUMENTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler_the_line_says_how_to_go_on(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(KestrelError, match="apt-get install gcc make.* --set export.c=false"):
+        export(spotter(), data, tmp_path / "export", settings=ExportSpec(onnx=False, vectors=0), **ARGUMENTS)
+    assert not list(tmp_path.iterdir())
+    export(spotter(), data, tmp_path / "export", settings=ExportSpec(onnx=False, vectors=0, c=False), **ARGUMENTS)
 
 
 def test_other_classes_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from score_kit import CLASSES, FEATURE_SCALE, feature_file, spotter
 from kestrel.export import vectors
 from kestrel.export.vectors import Vector, write_vectors
 from kestrel.lower.graph import IntegerGraph, Program, Scan, State, input_codes
-from kestrel.lower.ops import AddRequantise, MatMul, SumPool, Window
+from kestrel.lower.ops import AddRequantise, MatMul, Requantise, SumPool, Window
 from kestrel.lower.spotter import lower
 from kestrel.lower.tensor import Constant, Tensor
 from kestrel.quant.integer import Rescale
@@ -80,6 +80,7 @@ def test_sums_and_states_follow_from_the_files(written):
     total = sum(arrays[name].astype(np.int64) * factor for name, factor in zip(op["inputs"], m, strict=True))
     expected = rounding_shift(total, op["shift"]).clip(op["low"], op["high"])
     np.testing.assert_array_equal(arrays["block1.c.next"], expected)
+    np.testing.assert_array_equal(arrays["block1.c.next.acc"], total)
     assert not arrays["block1.c"][:, 0].any() and arrays["block1.c"].any()
     np.testing.assert_array_equal(arrays["block1.c"][:, 1:], arrays["block1.c.next"][:, :-1])
 
@@ -90,7 +91,7 @@ def test_text_and_arrays_hold_the_same(written):
     for name, entry in index["constants"].items():
         np.testing.assert_array_equal(arrays[name], parse(written / "constants" / entry["file"], entry))
     for name, entry in index["tensors"].items():
-        assert arrays[name].dtype.itemsize * 8 == entry["bits"]
+        assert arrays[name].dtype.itemsize * 8 == entry["bits"], name
         for row in range(2):
             np.testing.assert_array_equal(arrays[name][row], parse(written / f"clip{row}" / entry["file"], entry))
 
@@ -154,6 +155,20 @@ def test_names_become_file_names_and_states_keep_their_start(tmp_path):
     assert arrays["x"].shape == (1, 4, 3) and arrays["h:last"].shape == (1, 3)
 
 
+def test_sums_of_products_with_multipliers_have_64_bits(tmp_path):
+    graph = IntegerGraph()
+    x = graph.input("features", Tensor((2,), -(1 << 15), (1 << 15) - 1))
+    add = {"multipliers": (1 << 30, -(1 << 30)), "shift": 40, "low": -128, "high": 127}
+    y = graph.add(Requantise(inputs=(x,), outputs=("y",), rescale=Rescale((-1,), 0, -(1 << 15), (1 << 15) - 1)))
+    graph.add(AddRequantise(inputs=(x, y), outputs=("sum",), **add))
+    index = write_vectors(graph, np.array([[-30000, 5]]), CLIPS[:1], tmp_path)
+    assert (tmp_path / "clip0" / "sum.acc.hex").read_text() == "ffffc56800000000\n0000000280000000\n"
+    assert (tmp_path / "clip0" / "sum.hex").read_text() == "c5\n00\n"
+    assert index["tensors"]["sum.acc"]["bits"] == 64
+    arrays = np.load(tmp_path / "vectors.npz")
+    assert arrays["sum.acc"].dtype == np.int64 and arrays["sum.acc"].tolist() == [[-60000 << 30, 10 << 30]]
+
+
 def test_large_steps_are_fewer(tmp_path, monkeypatch):
     monkeypatch.setattr(vectors, "LARGEST_TEXT", 500)
     index = write_vectors(_scan_graph(12), np.zeros((1, 6, 12), np.int64), CLIPS[:1], tmp_path)
@@ -165,14 +180,14 @@ def test_names_that_fall_together_get_files_of_their_own():
     assert len({stem.lower() for stem in stems.values()}) == 5 and stems["c"] == "c"
 
 
-@given(st.integers(2, 32), st.data())
+@given(st.integers(2, 64), st.data())
 def test_hex_is_twos_complement_of_the_stored_bits(bits, draw):
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     values = np.array(draw.draw(st.lists(st.integers(low, high), min_size=1, max_size=8)))
     lines = Vector("x", values, bits).lines(values).splitlines()
     for line, value in zip(lines, values, strict=True):
         assert len(line) == -(-bits // 4)
-        assert int(line, 16) == value + ((1 << bits) if value < 0 else 0)
+        assert int(line, 16) == int(value) + ((1 << bits) if value < 0 else 0)
 
 
 def test_odd_binary_and_ternary_weights(tmp_path):

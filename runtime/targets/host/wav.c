@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A wav file through the fixed-point front end.
+ * Reads wav files.
  */
 #include "wav.h"
 
@@ -8,10 +8,6 @@
 
 #include "kestrel_frontend.h"
 #include "model.h"
-
-enum { FRAMES = KESTREL_MODEL_FEATURES / KFE_WIDTH, SHIFT = KESTREL_MODEL_FEATURE_SHIFT };
-
-static int16_t samples[KESTREL_MODEL_CLIP_SAMPLES];
 
 static int refuse(const char *name, const char *reason) {
     fprintf(stderr, "%s: %s\n", name, reason);
@@ -26,8 +22,7 @@ static uint32_t number(const uint8_t *bytes, int count) {
     return value;
 }
 
-/* Puts the samples of a wav file into the middle of `samples`. */
-static int read_samples(FILE *file, const char *name) {
+int kestrel_wav_samples(FILE *file, const char *name, int16_t *samples) {
     uint8_t head[16];
     uint32_t size, i;
     int known = 0;
@@ -69,7 +64,7 @@ static int read_samples(FILE *file, const char *name) {
                 KESTREL_MODEL_CLIP_SAMPLES);
         return 1;
     }
-    memset(samples, 0, sizeof samples);
+    memset(samples, 0, KESTREL_MODEL_CLIP_SAMPLES * sizeof samples[0]);
     for (i = 0; i < size; i++) {
         uint8_t bytes[2];
         int32_t value;
@@ -78,34 +73,6 @@ static int read_samples(FILE *file, const char *name) {
         }
         value = (int32_t)number(bytes, 2);
         samples[(KESTREL_MODEL_CLIP_SAMPLES - size) / 2 + i] = (int16_t)(value < 32768 ? value : value - 65536);
-    }
-    return 0;
-}
-
-/* A code of the front end in steps of the model: x / 2^SHIFT, half to even, saturated. */
-static int16_t rescaled(int32_t x) {
-#if KESTREL_MODEL_FEATURE_SHIFT > 0
-    x = (x + (((int32_t)1 << (SHIFT - 1)) - 1) + (x >> SHIFT & 1)) >> SHIFT;
-#else
-    x *= (int32_t)1 << -SHIFT;
-#endif
-    return (int16_t)(x < -32768 ? -32768 : x > 32767 ? 32767 : x);
-}
-
-int kestrel_wav_features(FILE *file, const char *name, int16_t *features) {
-    static kestrel_frontend front_end;
-#if KFE_TOP_CODES > 0
-    static int16_t logs[FRAMES * KFE_BANDS];
-#else
-    int16_t *const logs = NULL;
-#endif
-    int32_t i;
-    if (read_samples(file, name) != 0) {
-        return 1;
-    }
-    kestrel_frontend_clip(&front_end, samples, KESTREL_MODEL_CLIP_SAMPLES, logs, features);
-    for (i = 0; i < KESTREL_MODEL_FEATURES; i++) {
-        features[i] = rescaled(features[i]);
     }
     return 0;
 }
