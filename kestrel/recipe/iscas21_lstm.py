@@ -7,12 +7,15 @@ values, clipped analog weights, trainable clipping ranges (PACT), training with 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kestrel.settings import setting
 
 if TYPE_CHECKING:
     from kestrel.models.block_lstm import BlockLSTM
+
+# Settings that act in validation and scoring alone: trained weights may be scored under other values (--checkpoint).
+EVALUATION_ONLY = ("noise_eval",)
 
 
 @dataclass
@@ -37,10 +40,28 @@ class ModelSpec:
     noise_eval: float = setting(
         0.0, "weight noise of validation and scoring, standard deviation / max_w", min=0, max=10
     )
+    noise_program: float = setting(
+        0.0, "programming noise: deviation of each stored weight / max_w, fixed for a chip", min=0, max=10
+    )
+    adc_offset: float = setting(0.0, "offset of the converters (ADC) of crossbar outputs, in LSB", min=-1e3, max=1e3)
+    adc_gain: float = setting(0.0, "relative gain error of these converters", min=-0.9, max=10)
+    adc_inl: float = setting(0.0, "peak of their non-linearity (a parabola), in LSB", min=-1e3, max=1e3)
+    adc_draw: Literal["column", "chip", "fixed"] = setting(
+        "column", "adc_*: deviations drawn per column or per chip, or the values themselves"
+    )
+    input_coding: Literal["parallel", "bit_serial"] = setting(
+        "parallel", "crossbar inputs at once, or in slices of quant_inp bits one after the other"
+    )
+    input_slices: int = setting(3, "slices of bit_serial inputs", min=1, max=15)
     pact_a: bool = setting(True, "clipping ranges are trained")
     l2: float = setting(0.01, "strength of the penalty on the norm of the ranges", min=0)
     cs: float = setting(0.1, "strength of the cosine penalty between blocks", min=0)
     input_range: float = setting(128.0, "initial clipping range of the features", min=1e-3)
+
+    # Done-markers hold these only where they are not the default, so that older trainings stay up to date.
+    ADDED_LATER: ClassVar[tuple[str, ...]] = (
+        *("noise_program", "adc_offset", "adc_gain", "adc_inl", "adc_draw", "input_coding", "input_slices"),
+    )
 
 
 def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> BlockLSTM:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from run_kit import ROOT, Checkout
+import torch
+from run_kit import ROOT, Checkout, write_tone_corpus
 
-SHORT = ("train.epochs=1", "train.batch_size=32", "train.eval_batch_size=64", "retrain.epochs=1")
-# Variants for feature files made elsewhere get features of the tiny corpus, made by this front end.
-FEATURES_OF = {"logmel": "logmel40"}
-RECIPES = [
-    (folder.name, variant)
-    for folder in sorted((ROOT / "recipes").iterdir())
-    if (folder / "recipe.yaml").exists()
-    for variant in ["base", *sorted(path.stem for path in (folder / "variants").glob("*.yaml"))]
-]
+from kestrel import recipe as recipes
+from kestrel.pipeline.config import load_config, variant_data, variants
+from kestrel.pipeline.plan import main as plan
+from kestrel.pipeline.stages import STAGES, Run, done_file, present
+from kestrel.pipeline.step import _work
+
+TRAINING = {"train": 4, "validation": 2, "test": 2}  # speakers; 10 keywords each: at most 64 clips in each split
+JOINED = [("hello_edge_lstm", "8w8a-344-40-fixed+logmel-10")]
+RECIPES = [(recipe, variant) for recipe in recipes.names(ROOT) for variant in variants(ROOT, recipe)] + JOINED
+# Through run.sh, with the C program; the other variants differ from these in settings.
+WHOLE = [(recipe, variant) for recipe in recipes.names(ROOT) for variant in ("base", "logmel")]
 
 pytestmark = pytest.mark.smoke
 
@@ -25,43 +29,64 @@ def _sets(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def _features(checkout: Checkout, corpus: Path, frontend: str) -> Path:
-    done = checkout.run(
-        "--corpus",
-        str(corpus),
-        "--tag",
-        f"make-{frontend}",
-        "--stop-stage",
-        "2",
-        *_sets(f"feature.frontend={frontend}"),
-    )
-    assert done.returncode == 0, done.stderr
-    (folder,) = (checkout.root / "feat").glob(f"*/*/{frontend}")
+def _short(root: Path, recipe: str, variant: str) -> list[str]:
+    """One epoch of each phase that the variant has."""
+    phases = [phase for phase in ("train", "retrain") if variant_data(root, recipe, variant).get(phase) is not None]
+    return _sets(*(f"{phase}.epochs=1" for phase in phases), "train.batch_size=16", "train.eval_batch_size=64")
+
+
+def _wants_features(variant: str) -> bool:
+    """Whether a variant is made for feature files from elsewhere; it gets features of front end logmel40."""
+    return "logmel" in variant
+
+
+def _features(checkout: Checkout, corpus: Path) -> Path:
+    found = list((checkout.root / "feat").glob(f"{corpus.name.replace(' ', '_')}/*/logmel40"))
+    if not found:
+        make = ["--tag", "make-features", "--stop-stage", "2", *_sets("feature.frontend=logmel40")]
+        done = checkout.run("--corpus", str(corpus), *make)
+        assert done.returncode == 0, done.stderr
+        return _features(checkout, corpus)
+    (folder,) = found
     return folder
 
 
-@pytest.mark.parametrize(("recipe", "variant"), RECIPES)
-def test_recipe_runs_through_all_stages(checkout: Checkout, tiny_corpus: Path, recipe: str, variant: str) -> None:
-    """Trains, scores and exports; the second start finds every stage up to date."""
-    tag = f"smoke-{variant}"
-    options = ["--recipe", recipe, "--variant", variant, "--tag", tag, *_sets(*SHORT)]
-    if variant in FEATURES_OF:
-        options += ["--feat-dir", str(_features(checkout, tiny_corpus, FEATURES_OF[variant]))]
-    else:
-        options += ["--corpus", str(tiny_corpus)]
-    first = checkout.run(*options)
-    assert first.returncode == 0, first.stderr
-    exp = checkout.root / "exp" / recipe / tag
+def _data(checkout: Checkout, corpus: Path, variant: str) -> list[str]:
+    if _wants_features(variant):
+        return ["--feat-dir", str(_features(checkout, corpus))]
+    return ["--corpus", str(corpus)]
+
+
+@pytest.fixture(scope="session")
+def few_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of at most 64 clips in each split."""
+    return write_tone_corpus(tmp_path_factory.mktemp("corpora") / "few clips", TRAINING)
+
+
+def _check_files(exp: Path, *exported: str) -> dict:
     result = json.loads((exp / "score" / "result.json").read_text())
     scored = (exp / "score" / "scores.csv").read_text().splitlines()
     assert result["n"] == len(scored) - 1 > 0
     assert result["ci95"][0] <= result["accuracy"] <= result["ci95"][1]
     assert result["weight_bytes"] == (exp / "export" / "weights.bin").stat().st_size
-    assert f"{100 * result['accuracy']:.2f} %" in first.stdout
     for name in ("report.md", "confusion.png", "curves.png"):
         assert (exp / "score" / name).stat().st_size > 0
-    for name in ("card.md", "model.onnx", "codes.npz"):
+    for name in ("card.md", "model.onnx", "codes.npz", *exported):
         assert (exp / "export" / name).stat().st_size > 0
+    return result
+
+
+@pytest.mark.parametrize(("recipe", "variant"), WHOLE)
+def test_recipe_runs_through_all_stages(checkout: Checkout, few_clips: Path, recipe: str, variant: str) -> None:
+    """Trains, scores and exports; the second start finds every stage up to date."""
+    tag = f"smoke-{variant}"
+    options = ["--recipe", recipe, "--variant", variant, "--tag", tag, *_short(checkout.root, recipe, variant)]
+    options += _data(checkout, few_clips, variant)
+    first = checkout.run(*options, timeout=300)
+    assert first.returncode == 0, first.stderr
+    exp = checkout.root / "exp" / recipe / tag
+    result = _check_files(exp)
+    assert f"{100 * result['accuracy']:.2f} %" in first.stdout
 
     before = {path: path.read_bytes() for path in sorted((exp / "score").iterdir())}
     second = checkout.run(*options)
@@ -73,3 +98,26 @@ def test_recipe_runs_through_all_stages(checkout: Checkout, tiny_corpus: Path, r
     after = {path: path.read_bytes() for path in sorted((exp / "score").iterdir())}
     assert {p.name for p in before} == {p.name for p in after}
     assert all(before[path] == after[path] for path in before if path.name != ".done.json")
+
+
+@pytest.mark.parametrize(("recipe", "variant"), RECIPES)
+def test_variant_trains_scores_and_exports(
+    checkout: Checkout, few_clips: Path, tmp_path: Path, recipe: str, variant: str
+) -> None:
+    """The stages of every variant, one epoch, in this process and without the C program."""
+    torch.set_num_threads(1)
+    root, tag = checkout.root, f"variant-{variant}"
+    data = _data(checkout, few_clips, variant)
+    settings = [*_short(root, recipe, variant), *_sets("export.c=false", "export.vectors=0")]
+    plan(["--recipe", recipe, "--variant", variant, "--tag", tag, *data, *settings], root, tmp_path / "plan", tmp_path)
+    exp = root / "exp" / recipe / tag
+    run = Run(root, exp, load_config(exp / "config.yaml", root))
+    for stage in STAGES:
+        spec = importlib.util.spec_from_file_location(f"step_{stage.name}", root / "steps" / f"{stage.name}.py")
+        assert spec is not None and spec.loader is not None
+        step = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(step)
+        _work(run, stage.name, step.work, False)
+        assert present(run, stage.name) is not None or done_file(run.out(stage.name)).exists()
+    _check_files(exp)
+    assert json.loads((exp / "score" / "result.json").read_text())["n"] <= 64
