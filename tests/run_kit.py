@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import wave
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,10 +82,10 @@ def _split(speaker: str) -> str:
     return "validation" if share < 10 else "test" if share < 20 else "train"
 
 
-def speakers_of(split: str) -> list[str]:
+def speakers_of(split: str, count: int | None = None) -> list[str]:
     """Speaker ids (8 hex digits) that the hash rule puts into `split`."""
     names = (hashlib.sha1(f"speaker {number}".encode()).hexdigest()[:8] for number in range(10_000))
-    return [name for name in names if _split(name) == split][: SPEAKERS[split]]
+    return [name for name in names if _split(name) == split][: SPEAKERS[split] if count is None else count]
 
 
 def write_wave(path: Path, samples: np.ndarray) -> None:
@@ -97,9 +98,12 @@ def write_wave(path: Path, samples: np.ndarray) -> None:
         file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
 
 
-def write_tone_corpus(folder: Path) -> Path:
-    """A corpus in GSC layout: each of 12 words is a gliding tone of its own, said once by each of 30 speakers."""
-    speakers = [name for split in SPEAKERS for name in speakers_of(split)]
+def write_tone_corpus(folder: Path, counts: Mapping[str, int] = SPEAKERS) -> Path:
+    """A corpus in GSC layout: each of 12 words is a gliding tone of its own, said once by each speaker.
+
+    `counts` has the number of speakers of each split, 30 in all where not given.
+    """
+    speakers = [name for split, count in counts.items() for name in speakers_of(split, count)]
     for number, word in enumerate(KEYWORDS + OTHERS):
         for speaker in speakers:
             draw = np.random.default_rng([number, int(speaker, 16)])

@@ -14,6 +14,7 @@ from kestrel.corpus.spec import AugmentSpec, CorpusSpec, ProtocolSpec
 from kestrel.errors import KestrelError, UsageError, unknown
 from kestrel.export.spec import ExportSpec
 from kestrel.frontend.spec import FeatureSpec, FrontendSpec
+from kestrel.pipeline.pretrained import find
 from kestrel.score.spec import ScoreSpec
 from kestrel.settings import build, dump_yaml, load_yaml, merge, parse_assignment, setting, to_dict
 from kestrel.store.hashing import sha256_json
@@ -36,6 +37,7 @@ class Options:
     set: list[str] = field(default_factory=list)
     feat_dir: str | None = None
     checkpoint: str | None = None
+    pretrained: bool = False
 
 
 @dataclass
@@ -107,6 +109,16 @@ def _overlay(base: dict, delta: dict) -> dict:
 def variants(root: Path, recipe: str) -> list[str]:
     """Variants of a recipe, `base` first."""
     return ["base", *sorted(p.stem for p in (root / "recipes" / recipe / "variants").glob("*.yaml"))]
+
+
+def _check_variant(variant: str, available: list[str]) -> None:
+    """Raises UsageError where a part of `variant` (`a+b`: the deltas of a, then those of b) is unknown or stands twice."""
+    parts = variant.split("+")
+    for part in parts:
+        if part not in available:
+            raise unknown("variant", part, available)
+    if len(parts) > 1 and (len(set(parts)) < len(parts) or "base" in parts):
+        raise UsageError(f"--variant {variant}: join different variants, each once, and leave out base")
 
 
 def _is_folder(name: str, start: Path) -> bool:
@@ -234,10 +246,28 @@ def read_feature_attributes(folder: Path) -> dict[str, Any]:
     }
 
 
+def variant_data(root: Path, recipe: str, variant: str) -> dict[str, Any]:
+    """The sections of recipe.yaml under the deltas of a variant. Raises UsageError for an unknown section."""
+    folder = root / "recipes" / recipe
+    data = load_yaml(folder / "recipe.yaml")
+    for key in DESCRIPTIONS:
+        data.pop(key, None)
+    for key in data:
+        if key not in SECTIONS:
+            raise unknown("key", f"{folder.name}/recipe.yaml: {key}", SECTIONS)
+    for part in () if variant == "base" else variant.split("+"):
+        delta = load_yaml(folder / "variants" / f"{part}.yaml")
+        for key in delta:
+            if key not in SECTIONS:
+                raise unknown("key", f"{folder.name}/variants/{part}.yaml: {key}", SECTIONS)
+        data = _overlay(data, delta)
+    return data
+
+
 def resolve(root: Path, options: Options, start: Path) -> Config:
     """The configuration that the options describe; paths in them are relative to the folder `start`.
 
-    Precedence: recipe.yaml < variant < --set. Raises UsageError for an unknown name, key or value.
+    Precedence: recipe.yaml < variant (in `a+b` a, then b) < --set. Raises UsageError for an unknown name, key or value.
     """
     recipe = recipes.load(options.recipe, root)
     sets: dict[str, Any] = {}
@@ -254,21 +284,8 @@ def resolve(root: Path, options: Options, start: Path) -> Config:
     variant = options.variant
     if variant is None:
         variant = "mini" if options.corpus == "mini" and feat_dir is None and "mini" in available else "base"
-    if variant not in available:
-        raise unknown("variant", variant, available)
-    folder = root / "recipes" / options.recipe
-    data = load_yaml(folder / "recipe.yaml")
-    for key in DESCRIPTIONS:
-        data.pop(key, None)
-    for key in data:
-        if key not in SECTIONS:
-            raise unknown("key", f"{folder.name}/recipe.yaml: {key}", SECTIONS)
-    if variant != "base":
-        delta = load_yaml(folder / "variants" / f"{variant}.yaml")
-        for key in delta:
-            if key not in SECTIONS:
-                raise unknown("key", f"{folder.name}/variants/{variant}.yaml: {key}", SECTIONS)
-        data = _overlay(data, delta)
+    _check_variant(variant, available)
+    data = variant_data(root, options.recipe, variant)
     corpus_sets, protocol_sets = sets.pop("corpus", {}), sets.pop("protocol", {})
     data = _overlay(data, sets)
 
@@ -307,7 +324,12 @@ def resolve(root: Path, options: Options, start: Path) -> Config:
         config.checkpoint = resolve_path(root, options.checkpoint, start)
         if not (root / config.checkpoint).is_file():
             raise UsageError(f"--checkpoint {options.checkpoint}: no such file")
-    config.tag = options.tag or f"{variant}-{config.protocol_name}-seed{options.seed}"
+    if options.pretrained:
+        if options.checkpoint:
+            raise UsageError("--pretrained and --checkpoint: give one of them")
+        config.checkpoint = str(find(root, options.recipe, variant).relative_to(root))
+    origin = "pretrained" if options.pretrained else f"seed{options.seed}"
+    config.tag = options.tag or f"{variant}-{config.protocol_name}-{origin}"
     if not re.fullmatch(r"[\w.=,+-]+", config.tag):
         raise UsageError(f"--tag {config.tag!r}: letters, digits, '.', '_', '-', '=' and ',' only")
     return config

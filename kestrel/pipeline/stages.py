@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.errors import KestrelError
+from kestrel.frontend.spec import stored
 from kestrel.pipeline.config import Config
 from kestrel.settings import to_dict
 from kestrel.store.atomic import read_json, write_json
@@ -130,14 +131,18 @@ def settings_of(run: Run, stage: str) -> dict[str, Any]:
     config = run.config
 
     def section(value: Any) -> Any:
-        return None if value is None else to_dict(value)
+        if value is None:
+            return None
+        settings, added = to_dict(value), getattr(value, "ADDED_LATER", ())
+        defaults = to_dict(type(value)()) if added else {}
+        return {key: item for key, item in settings.items() if key not in added or item != defaults[key]}
 
     if stage == "download":
         return {"corpus": section(config.corpus)}
     if stage == "prepare":
         return {"protocol": section(config.protocol)}
     if stage == "feature":
-        return {"frontend": section(config.frontend)}
+        return {"frontend": None if config.frontend is None else stored(config.frontend)}
     network = {
         "recipe": config.recipe,
         "seed": config.seed,

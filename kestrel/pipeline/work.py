@@ -5,21 +5,23 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kestrel import recipe as recipes
-from kestrel.errors import KestrelError
+from kestrel.errors import KestrelError, UsageError
+from kestrel.frontend.spec import stored
 from kestrel.pipeline.console import progress
 from kestrel.pipeline.launch import run_processes
 from kestrel.pipeline.stages import SPLITS, Run, Status, done_file, started_file
-from kestrel.settings import load_yaml, to_dict
+from kestrel.settings import build, load_yaml, to_dict
 from kestrel.store.atomic import read_json, remove_stale, write_json
 from kestrel.store.hashing import sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from kestrel.models.spotter import KeywordSpotter
-    from kestrel.store.hdf5 import FeatureFile
+    from kestrel.store.hdf5 import AudioFile, FeatureFile
     from kestrel.train.data import Split
 
 log = logging.getLogger("kestrel")
@@ -68,11 +70,11 @@ def make_packs(run: Run, status: Status) -> None:
 def make_features(run: Run) -> list[str]:
     """Compute the features of each split from its packed audio."""
     from kestrel.frontend.extract import extract
-    from kestrel.frontend.features import Frontend
+    from kestrel.frontend.make import make_frontend
     from kestrel.store.hdf5 import AudioFile
 
     assert run.config.frontend is not None
-    frontend = Frontend(run.config.frontend)
+    frontend = make_frontend(run.config.frontend)
     for split in SPLITS:
         with AudioFile(run.packs / f"{split}.h5") as audio:
             extract(audio, frontend, run.features / f"{split}.h5", progress=progress(f"features {split}"))
@@ -114,7 +116,7 @@ def identity(run: Run, file: FeatureFile, config_hash: str) -> dict[str, Any]:
         "seed": config.seed,
         "protocol": {"name": config.protocol_name, "hash": file.protocol["hash"]},
         "classes": config.classes,
-        "frontend": to_dict(config.frontend) if config.frontend is not None else None,
+        "frontend": stored(config.frontend) if config.frontend is not None else None,
         "post": config.feature.post,
         "model": to_dict(config.model),
         "input_shape": list(file.shape[1:]),
@@ -125,7 +127,7 @@ def identity(run: Run, file: FeatureFile, config_hash: str) -> dict[str, Any]:
 def training_split(run: Run) -> Split:
     """Training clips: packed audio, augmented anew in each epoch, or the stored features."""
     from kestrel.corpus.augment import Augmenter
-    from kestrel.frontend.features import Frontend
+    from kestrel.frontend.make import make_frontend
     from kestrel.store.hdf5 import AudioFile, read_noise
     from kestrel.train.data import Split
 
@@ -144,7 +146,8 @@ def training_split(run: Run) -> Split:
     silence = config.classes.index("silence") if config.protocol.silence_percentage is not None else None
     noise, offsets, _ = read_noise(run.packs / "noise.h5")
     augmenter = Augmenter(config.augment, noise, offsets, config.protocol.sample_rate, silence, config.seed)
-    return Split(AudioFile(run.packs / "train.h5"), frontend=Frontend(config.frontend), augmenter=augmenter, **batches)
+    frontend = make_frontend(config.frontend)
+    return Split(AudioFile(run.packs / "train.h5"), frontend=frontend, augmenter=augmenter, **batches)
 
 
 def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
@@ -188,18 +191,32 @@ def train_stage(run: Run, stage: Literal["pretrain", "retrain"]) -> tuple[list[s
     return ["best.pt", "metrics.csv", "curves.png", "last.pt", "time.json"], ("last.pt", "time.json", "curves.png")
 
 
+def _with_defaults(settings: type, data: Any) -> Any:
+    """Settings of an older checkpoint, with the defaults of those that came later; `data` where they do not fit."""
+    try:
+        return to_dict(build(settings, data))
+    except UsageError:
+        return data
+
+
 def load_checkpoint(run: Run) -> tuple[KeywordSpotter, dict[str, Any], Path]:
     """The trained spotter that score and export take, its checkpoint's content, and the file."""
+    from kestrel.models.compact import state_of
     from kestrel.store.checkpoint import load
 
     _, path = run.checkpoint()
     content = load(path)
-    who = content.get("identity", {})
     config = run.config
+    who = {**content.get("identity", {})}
+    who["model"] = _with_defaults(type(config.model), who.get("model"))
+    model = to_dict(config.model)
+    free = getattr(recipes.load(config.recipe, run.root), "EVALUATION_ONLY", ())
+    if config.checkpoint is not None:  # the same weights may be scored under other noise than they were selected with
+        model |= {key: value for key, value in who.get("model", {}).items() if key in free}
     for key, expected in (
         ("recipe", config.recipe),
         ("classes", config.classes),
-        ("model", to_dict(config.model)),
+        ("model", model),
         ("post", config.feature.post),
     ):
         if who.get(key) != expected:
@@ -207,7 +224,12 @@ def load_checkpoint(run: Run) -> tuple[KeywordSpotter, dict[str, Any], Path]:
                 f"{path} is a checkpoint of another configuration: its {key} is {who.get(key)}, the run has {expected}"
             )
     spotter = build_spotter(run, tuple(who["input_shape"]))
-    spotter.load_state_dict(content["model"])
+    spotter.load_state_dict(state_of(content, str(path)))
+    deviations = config.score.deviations()
+    if deviations:
+        if not hasattr(spotter.net, "evaluate_with"):
+            raise KestrelError(f"score.{next(iter(deviations))}: recipe {config.recipe} has no model of device noise")
+        spotter.net.evaluate_with(**deviations)  # type: ignore[operator]
     return spotter, who, path
 
 
@@ -250,7 +272,7 @@ def _scored_identity(run: Run, who: dict[str, Any], file: FeatureFile) -> dict[s
         "protocol": {"name": config.protocol_name, "hash": rules["hash"]},
         "protocol_rules": rules,
         "corpus": file.corpus,
-        "frontend": to_dict(config.frontend) if config.frontend is not None else file.frontend,
+        "frontend": stored(config.frontend) if config.frontend is not None else file.frontend,
         "feature": to_dict(config.feature),
     }
 
@@ -271,7 +293,7 @@ def score_stage(run: Run) -> list[str]:
 
     config = run.config
     spotter, who, path = load_checkpoint(run)
-    with feature_file(run, config.score.split) as file:
+    with feature_file(run, config.score.split) as file, _packed_audio(run, config.score.split) as audio:
         curves = [(stage, run.out(stage) / "metrics.csv") for stage in ("pretrain", "retrain")]
         result = score(
             spotter,
@@ -281,11 +303,13 @@ def score_stage(run: Run) -> list[str]:
             split=config.score.split,
             seed=config.seed,
             chip=config.score.chip,
+            chips=config.score.chips,
             batch_size=config.train.eval_batch_size,
             feature_scale=_feature_scale(run),
             analog_bits=config.export.weight_bits,
             metrics_csv=[(stage, csv) for stage, csv in curves if csv.exists() and config.checkpoint is None],
             provenance=_provenance(run, path),
+            audio=audio,
             progress=progress("score"),
         )
     low, high = result["ci95"]
@@ -293,6 +317,12 @@ def score_stage(run: Run) -> list[str]:
         "%s accuracy %.2f %% of %d clips (95 %% interval %.2f to %.2f), protocol %s",
         config.score.split, 100 * result["accuracy"], result["n"], 100 * low, 100 * high, config.protocol_name,
     )  # fmt: skip
+    if "chips" in result:
+        spread = result["chips"]
+        log.info(
+            "%d chips: mean %.2f %%, standard deviation %.2f points, worst %.2f %% (chip %d)",
+            spread["count"], 100 * spread["mean"], 100 * spread["sd"], 100 * spread["worst"], spread["worst_chip"],
+        )  # fmt: skip
     if "integer_accuracy" in result:
         compared = result["integer"]
         log.info(
@@ -301,7 +331,28 @@ def score_stage(run: Run) -> list[str]:
         )  # fmt: skip
     else:
         log.info("not scored in integers: %s", result["integer_obstacle"])
+    if "fixed_frontend_accuracy" in result:
+        compared = result["fixed_frontend"]
+        log.info(
+            "from sound in integers %.2f %% (%s)",
+            100 * result["fixed_frontend_accuracy"],
+            f"{compared['difference_points']:+.2f} points against float features"
+            if "difference_points" in compared
+            else "trained on fixed-point features: this is the accuracy of the integer model",
+        )  # fmt: skip
+    else:
+        log.info("not scored from sound in integers: %s", result["fixed_frontend_obstacle"])
     return sorted(path.name for path in run.out("score").iterdir() if not path.name.startswith("."))
+
+
+def _packed_audio(run: Run, split: str) -> AbstractContextManager[AudioFile | None]:
+    """The sound of a split; None for features that were made elsewhere, or where the packs were removed."""
+    from kestrel.store.hdf5 import AudioFile
+
+    if run.config.feat_dir is not None:
+        return nullcontext()
+    path = run.packs / f"{split}.h5"
+    return AudioFile(path) if path.exists() else nullcontext()
 
 
 def export_stage(run: Run) -> list[str]:
@@ -310,7 +361,7 @@ def export_stage(run: Run) -> list[str]:
 
     config = run.config
     spotter, who, path = load_checkpoint(run)
-    with feature_file(run, config.score.split) as file:
+    with feature_file(run, config.score.split) as file, _packed_audio(run, config.score.split) as audio:
         export(
             spotter,
             file,
@@ -323,6 +374,7 @@ def export_stage(run: Run) -> list[str]:
             settings=config.export,
             feature_scale=_feature_scale(run),
             provenance=_provenance(run, path),
+            audio=audio,
             progress=progress("export"),
         )
     folder = run.out("export")

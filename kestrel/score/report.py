@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kestrel.hw.markdown import section as hardware_section
+from kestrel.hw.result import Figures
 from kestrel.lower.answers import ALLOWED_POINTS, Answers
+from kestrel.lower.sound import ALLOWED_POINTS as ALLOWED_SOUND_POINTS
+from kestrel.lower.sound import SoundAnswers
 from kestrel.models.evaluate import Accuracy
+from kestrel.models.inventory import describe_devices
+from kestrel.score import chips as programmed
 from kestrel.score.count import Counts
 from kestrel.score.metrics import Confusion
 from kestrel.store.markdown import flat, percent, table
@@ -39,6 +45,11 @@ class Evidence:
     analog_bits: int
     integer: Answers | None  # None: the network has no integer form, for the reason `obstacle`
     obstacle: str
+    sound: SoundAnswers | None  # None: not run from sound, for the reason `silence`
+    silence: str
+    hardware: Figures | None  # None: there is no hardware model of the network, for the reason `no_hardware`
+    no_hardware: str
+    chips: programmed.Study | None  # None: a single chip was scored
 
 
 def report(result: Mapping[str, Any], evidence: Evidence) -> str:
@@ -47,10 +58,12 @@ def report(result: Mapping[str, Any], evidence: Evidence) -> str:
         _headline(result, evidence),
         _protocol(result, evidence.protocol),
         _integer(result, evidence),
+        programmed.section(evidence.chips),
         _classes(result),
         _confusions(evidence),
         _training(evidence),
         _layers(evidence),
+        hardware_section(evidence.hardware, evidence.no_hardware),
         _reproduce(result),
         _files(evidence),
     ]
@@ -61,11 +74,7 @@ def _headline(result: Mapping[str, Any], evidence: Evidence) -> str:
     low, high = result["ci95"]
     frames, width = evidence.counts.input_shape
     correct = sum(entry["correct"] for entry in result["per_class"].values())
-    noise = (
-        f"standard deviation {result['evaluation_noise']:g} of the weight range"
-        if result["evaluation_noise"]
-        else "none"
-    )
+    noise = describe_devices(result["deviations"])
     rows: list[Sequence[Any]] = [
         ("accuracy", f"{percent(result['accuracy'], 2)} ({correct:,} of {result['n']:,} clips)"),
         ("95 % interval (Wilson)", f"{percent(low, 2)} to {percent(high, 2)}"),
@@ -73,7 +82,13 @@ def _headline(result: Mapping[str, Any], evidence: Evidence) -> str:
         ("parameters", result["parameters"]),
         ("multiply-adds per clip", f"{result['macs']:,} at input {frames} x {width} (frames x values)"),
         ("weights as stored", f"{result['weight_bytes']:,} bytes"),
+        ("RAM for tensors of the integer model (C arena; no front end, no stack)", _ram(result["peak_ram_bytes"])),
         ("noise in evaluation", noise),
+        *(
+            [("energy per decision (model)", f"{evidence.hardware.energy.total_uj:,.3f} µJ")]
+            if evidence.hardware
+            else []
+        ),
         ("seed, chip", f"{result['seed']}, {result['chip']}"),
     ]
     if evidence.integer is not None:
@@ -83,6 +98,10 @@ def _headline(result: Mapping[str, Any], evidence: Evidence) -> str:
     if result["ties"]:
         rows.append(("ties", f"{result['ties']:,} clips with the largest logit in several classes; the first is taken"))
     return f"# {result['recipe']} / {result['tag']}\n\n" + table(("", ""), rows)
+
+
+def _ram(size: int | None) -> str:
+    return "none: there is no C form" if size is None else f"{size:,} bytes"
 
 
 def _protocol(result: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
@@ -141,8 +160,30 @@ def _integer(result: Mapping[str, Any], evidence: Evidence) -> str:
         f"Peak values: accumulators can reach {peaks.accumulator:,} (`{peaks.accumulator_of}`), which takes "
         f"{peaks.accumulator_bits} of 32 bits; seen were features up to code {peaks.feature:,} of 32,767 "
         f"({peaks.clipped_features:,} saturated) and logits up to code {peaks.logit:,}.",
+        "",
+        _from_sound(evidence),
     ]
     return title + "\n".join(lines)
+
+
+def _from_sound(evidence: Evidence) -> str:
+    """Accuracy with the fixed-point front end."""
+    found = evidence.sound
+    if found is None:
+        return f"Not run from sound with the fixed-point front end: {evidence.silence}."
+    if found.largest is None or found.mean is None:
+        return (
+            "The network was trained on the features of the fixed-point front end, so the accuracy of the integer model is that "
+            "from sound to class in integers; there are no float features to compare it with."
+        )
+    text = (
+        f"From sound to class in integers (fixed-point front end): {percent(found.right.value, 2)} ({found.right.correct:,} of "
+        f"{found.right.n:,} clips), {found.points:+.2f} points against float features, the same answer for {found.same:,} clips. "
+        f"Features differ by at most {found.largest:,} and by {found.mean:.3f} codes on average; a code is {found.step:g}."
+    )
+    if abs(found.points) > ALLOWED_SOUND_POINTS:
+        text += f" The difference is more than {ALLOWED_SOUND_POINTS:g} points; one clip is {100 / found.right.n:.2f} points here."
+    return text
 
 
 def _row(right: Accuracy) -> tuple[str | None, str, str]:
@@ -261,6 +302,6 @@ def _files(evidence: Evidence) -> str:
         "",
         "* result.json: the figures of this page, for programs",
         "* scores.csv: a line per clip with its true class, the answer and the softmax score of every class",
-        "* confusion.png" + (", curves.png" if evidence.stages else ""),
+        "* confusion.png" + (", curves.png" if evidence.stages else "") + (", chips.png" if evidence.chips else ""),
     ]
     return "\n".join(lines)

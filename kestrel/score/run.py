@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kestrel.errors import KestrelError
+from kestrel.hw.markdown import summary as hardware_summary
+from kestrel.hw.network import hardware
 from kestrel.lower.answers import Answers, answers, float64_answers, lowered, predict_decoded
+from kestrel.lower.graph import IntegerGraph
+from kestrel.lower.memory import plan_memory
+from kestrel.lower.sound import SoundAnswers, sound_answers
+from kestrel.lower.spotter import made_in_fixed_point
 from kestrel.models.evaluate import (
     Passes,
     ProgressCallback,
@@ -22,7 +29,8 @@ from kestrel.models.evaluate import (
     softmax,
     ties,
 )
-from kestrel.models.inventory import evaluation_noise_of, network_shape
+from kestrel.models.inventory import device_figures, evaluation_noise_of, network_shape
+from kestrel.score import chips as programmed
 from kestrel.score import plots
 from kestrel.score.count import Counts, count
 from kestrel.score.metrics import DIGITS, confusion, per_class, worst_confusions
@@ -31,7 +39,9 @@ from kestrel.store.atomic import atomic_folder, disk_error, write_json, write_te
 
 if TYPE_CHECKING:
     from kestrel.models.spotter import KeywordSpotter
-    from kestrel.store.hdf5 import FeatureFile
+    from kestrel.store.hdf5 import AudioFile, FeatureFile
+
+log = logging.getLogger("kestrel")
 
 SHOWN = 10  # confusions and wrong clips of the report
 PROVENANCE = ("checkpoint_sha256", "git_commit", "git_dirty", "torch", "device", "train_seconds", "command")
@@ -46,35 +56,43 @@ def score(
     split: str,
     seed: int,
     chip: int,
+    chips: int = 1,
     batch_size: int,
     provenance: Mapping[str, Any],
     feature_scale: float | None,
     analog_bits: int = 8,
     metrics_csv: Sequence[tuple[str, Path]] | None = None,
     extra: Mapping[str, Any] | None = None,
+    audio: AudioFile | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Score `spotter` on all clips of `data` and write the folder `out_dir` at once; returns what result.json holds.
 
     The integer model of the spotter is scored on the same clips where it can be lowered; result.json and report say
-    which setting prevents it where it cannot.
+    which setting prevents it where it cannot. peak_ram_bytes is the arena of the integer model in C: all tensors and
+    states with those that live at different times sharing bytes, and weights that are unpacked. Features given by the
+    caller, the front end and the stack come on top; stage 6 measures the whole program. It is null without integer model.
 
     Args:
         identity: recipe, variant, tag, seed, classes and config_hash of the run.
         split: name of the split that `data` holds.
         seed, chip: key of the noise drawn in evaluation; with the same `batch_size` every scoring gives the same files.
+        chips: chips that are scored beside and after `chip`; result.json then has their spread in `chips`.
         provenance: checkpoint_sha256, git_commit, git_dirty, torch, device, train_seconds, command (PROVENANCE).
         feature_scale: scale of the integer model's feature codes (kestrel.lower.spotter.feature_scale_of); None where it
             is not known, which leaves the integer model out.
         analog_bits: bits at which weights that were trained without quantisation are stored.
         metrics_csv: (stage, its metrics.csv) in the order of training, for the curves.
-        extra: further entries of result.json, such as energy_uj.
+        extra: further entries of result.json.
+        audio: packed audio of the same clips, for the fixed-point front end; None where there is none.
 
     Raises KestrelError where classes do not fit or the network gives no finite answer; nothing is written then.
     """
     names = _check_classes(data, identity)
     graph, obstacle = lowered(spotter, feature_scale, analog_bits)
-    passes = Passes(progress, data.shape[0], 1 if graph is None else 3)
+    figures, no_figures = hardware(spotter.net, network_shape(spotter)[0])
+    from_sound = audio is not None and not made_in_fixed_point(data)
+    passes = Passes(progress, data.shape[0], chips - 1 + (1 if graph is None else 3 + from_sound))
     with evaluation_noise(seed, chip, device_of(spotter)):
         logits = predict(spotter, data, batch_size, passes.next())  # [N, C]
     if logits.shape[1] != len(names):
@@ -83,12 +101,18 @@ def score(
         )
     labels, predicted, shares = data.labels, logits.argmax(axis=1), softmax(logits)
     right, matrix = accuracy(logits, labels), confusion(labels, predicted, len(names))
+    spread = None
+    if chips > 1:
+        spread = programmed.study(
+            spotter, data, chips=chips, first=chip, seed=seed, batch_size=batch_size, next_pass=passes.next, known=right
+        )
     counts = count(spotter.net, network_shape(spotter), analog_bits)
     integer: Answers | None = None
     if graph is not None:
         decoded = predict_decoded(spotter, data, analog_bits, batch_size, passes.next())
         exact = functools.partial(float64_answers, spotter, graph, data, weight_bits=analog_bits)
         integer = answers(graph, data, labels, decoded, passes.next(), exact)
+    sound, silence = _sound(graph, data, integer, audio, passes.next())
     result = {
         **{key: identity[key] for key in ("recipe", "variant", "tag", "seed")},
         "protocol": {key: data.protocol[key] for key in ("name", "hash")},
@@ -101,7 +125,10 @@ def score(
         "parameters": counts.parameters,
         "macs": counts.macs,
         "weight_bytes": counts.weight_bytes,
+        "peak_ram_bytes": _peak_ram(graph),
         **({"integer_obstacle": obstacle} if integer is None else integer.figures()),
+        **({"fixed_frontend_obstacle": silence} if sound is None else sound.figures()),
+        **({"energy_obstacle": no_figures} if figures is None else figures.record()),
         **(extra or {}),
         "input_shape": list(counts.input_shape),
         "thop": _thop(counts),
@@ -110,6 +137,8 @@ def score(
         "chip": chip,
         "batch_size": batch_size,
         "evaluation_noise": evaluation_noise_of(spotter.net),
+        "deviations": device_figures(spotter.net),
+        **({} if spread is None else {"chips": spread.record()}),
         "config_hash": identity["config_hash"],
         **{key: provenance.get(key) for key in PROVENANCE},
     }
@@ -123,6 +152,11 @@ def score(
         analog_bits=analog_bits,
         integer=integer,
         obstacle=obstacle,
+        sound=sound,
+        silence=silence,
+        hardware=figures,
+        no_hardware=no_figures,
+        chips=spread,
     )
     try:
         with atomic_folder(out_dir) as folder:
@@ -130,12 +164,39 @@ def score(
             _write_scores(folder / "scores.csv", data, predicted, shares)
             title = f"{result['protocol']['name']}, {split}: {100 * right.value:.2f} % of {right.n:,} clips right"
             plots.confusion_matrix(matrix, names, title, folder / "confusion.png")
+            if spread is not None:
+                programmed.picture(spread, folder / programmed.PICTURE)
             if stages:
                 plots.curves(stages, folder / "curves.png")
             write_text(folder / "report.md", report(result, evidence))
     except OSError as error:
         raise disk_error(out_dir, error) from error
+    log.info("%s", f"no energy figure: {no_figures}" if figures is None else hardware_summary(figures))
     return result
+
+
+def _sound(
+    graph: IntegerGraph | None,
+    data: FeatureFile,
+    integer: Answers | None,
+    audio: AudioFile | None,
+    progress: ProgressCallback,
+) -> tuple[SoundAnswers | None, str]:
+    """The answers from sound and "", or None and the line that says why there are none."""
+    if graph is None or integer is None:
+        return None, "the network was not scored in integers"
+    try:
+        return sound_answers(graph, data, integer.logits, audio, progress), ""
+    except KestrelError as error:
+        return None, " ".join(str(error).split())
+
+
+def _peak_ram(graph: IntegerGraph | None) -> int | None:
+    """Bytes of the arena; None where there is no integer model, or none in C."""
+    try:
+        return None if graph is None else plan_memory(graph).size
+    except KestrelError:
+        return None
 
 
 def _check_classes(data: FeatureFile, identity: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from kestrel.store.lock import lock
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = (
     "--recipe --corpus --protocol --variant --tag --seed --stage --stop-stage --set --feat-dir --sweep --checkpoint "
-    "--backend --nproc --force --dry-run --profile --help"
+    "--pretrained --backend --nproc --force --dry-run --jobs --keep --keep-pretrained --profile --help"
 ).split()
 
 

@@ -9,6 +9,7 @@ from score_kit import FEATURE_SCALE, IDENTITY, PROVENANCE, analog, feature_file,
 from kestrel.frontend.post import Post
 from kestrel.lower.answers import Answers, Peaks, answers, float64_answers, lowered, predict_decoded, widest_accumulator
 from kestrel.lower.graph import IntegerGraph
+from kestrel.lower.memory import plan_memory
 from kestrel.lower.ops import ArgMax, DepthwiseConv2d, MatMul, Requantise, Reshape, Window
 from kestrel.lower.spotter import lower, predict_codes
 from kestrel.lower.tensor import Constant, Tensor
@@ -66,6 +67,15 @@ def test_it_is_compared_with_the_noise_free_network_of_the_same_codes(scored, da
     assert compared["largest_logit_difference"] == np.abs(integer * step - logits).max()
 
 
+def test_peak_ram_is_the_arena_of_the_c_model(scored):
+    folder, result = scored
+    graph = lower(spotter(), FEATURE_SCALE)
+    arena = plan_memory(graph).size
+    assert arena >= max(tensor.bytes for _, tensor, scan in graph.all_tensors() if scan is not None)
+    assert result["peak_ram_bytes"] == arena
+    assert f"| {arena:,} bytes |" in (folder / "report.md").read_text()
+
+
 def test_the_report_says_what_is_compared_with_what(scored):
     folder, result = scored
     text = (folder / "report.md").read_text()
@@ -87,6 +97,7 @@ def test_bits_of_analog_weights_reach_the_integer_model(tmp_path, data):
 
 def test_a_network_without_integer_form_is_scored_and_the_setting_named(tmp_path, data):
     result = score(analog(), data, tmp_path / "score", **ARGUMENTS)
+    assert result["peak_ram_bytes"] is None
     assert "integer_accuracy" not in result and "model.quant_inp" in result["integer_obstacle"]
     text = (tmp_path / "score" / "report.md").read_text()
     assert "model.quant_inp" in text.split("## Integer model")[1].split("##")[0]

@@ -31,7 +31,17 @@ ARGUMENTS = {
 }
 REQUIRED = {
     *("recipe", "variant", "tag", "seed", "protocol", "split", "n", "accuracy", "ci95", "per_class", "parameters"),
-    *("macs", "weight_bytes", "config_hash", "checkpoint_sha256", "git_commit", "git_dirty", "torch", "device"),
+    *(
+        "macs",
+        "weight_bytes",
+        "peak_ram_bytes",
+        "config_hash",
+        "checkpoint_sha256",
+        "git_commit",
+        "git_dirty",
+        "torch",
+        "device",
+    ),
     *("train_seconds", "command"),
 }
 

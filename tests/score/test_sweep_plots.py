@@ -1,0 +1,97 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib import image
+from score_kit import metrics_csv
+
+from kestrel.score.sweep_plots import (
+    Line,
+    Setting,
+    Strip,
+    accuracy_against,
+    accuracy_energy,
+    error_curves,
+    pareto_hull,
+    strips,
+)
+
+POINTS = [Setting(x, s, (0.1 * x + 0.2, 0.1 * x + 0.25), (2.0**x,)) for x in (1, 2, 5) for s in ("a = 0", "a = 1")]
+
+
+def same_twice(tmp_path: Path, draw) -> np.ndarray:
+    for name in ("a", "b"):
+        draw(tmp_path / f"{name}.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    return image.imread(tmp_path / "a.png")[:, :, :3]
+
+
+def has(pixels: np.ndarray, colour: str) -> bool:
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return bool((np.abs(pixels - rgb).max(axis=2) < 0.02).sum() > 20)
+
+
+def test_accuracy_shows_every_series_and_the_published_row(tmp_path):
+    lines = [Line("a = 1", (1, 2, 5), (0.3, 0.4, 0.5)), Line("a = 1", (9,), (0.3,))]
+    pixels = same_twice(tmp_path, lambda path: accuracy_against(POINTS, "blocks", "toy", lines[:1], "paper", path))
+    assert has(pixels, "#0072B2") and has(pixels, "#D55E00") and min(pixels.shape[:2]) > 400
+    accuracy_against(POINTS, "blocks", "toy", [], "", tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("x", [[1], [None, 4], ["a", "b"], [0.05], [2, 3, 4, 100]])
+@pytest.mark.parametrize("accuracy", [(0.5,), (0.0, 1.0), (0.1, 0.9, 0.9)])
+def test_odd_axes_and_accuracies(tmp_path, x, accuracy):
+    found = [Setting(value, "", accuracy, (3.0,)) for value in x]
+    lines = [Line("", (77,), (0.5,))]  # lies on no value of an axis of names
+    accuracy_against(found, "x", "toy", lines, "s", tmp_path / "a.png")
+    accuracy_energy(found, "x", "toy", tmp_path / "b.png")
+    strips([Strip("x", tuple(found))], "toy", tmp_path / "c.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 3000 for name in "abc")
+
+
+def test_energy_and_strips_are_reproducible(tmp_path):
+    same_twice(tmp_path, lambda path: accuracy_energy(POINTS, "blocks", "toy", path))
+    pixels = same_twice(tmp_path, lambda path: strips([Strip("blocks", tuple(POINTS))], "toy", path))
+    narrow = tmp_path / "narrow.png"
+    strips([Strip("blocks", tuple(Setting(s.x, s.series, s.accuracy) for s in POINTS))], "toy", narrow)
+    assert image.imread(narrow).shape[1] < pixels.shape[1]  # no panel of energies that nobody knows
+
+
+def test_mean_and_deviation_of_a_setting():
+    found = Setting(1, "", (0.5, 0.7), (2.0, 4.0))
+    assert (found.mean, found.energy) == (pytest.approx(0.6), 3.0)
+    assert found.sd == pytest.approx(math.sqrt(0.02))
+    assert Setting(1, "", (0.5,)).sd == 0.0 and Setting(1, "", (0.5,)).energy is None
+
+
+POINT = st.tuples(st.floats(0.1, 1000), st.floats(0, 100))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(POINT, min_size=1, max_size=30))
+def test_the_hull_is_above_every_point_and_bends_down(points):
+    hull = pareto_hull(points)
+    assert set(hull) <= set(points)
+    assert hull[0][0] == min(energy for energy, _ in points)
+    assert hull[-1][1] == max(accuracy for _, accuracy in points)
+    x, y = np.log([energy for energy, _ in hull]), np.array([accuracy for _, accuracy in hull])
+    for energy, accuracy in points:
+        assert accuracy <= np.interp(np.log(energy), x, y) + 1e-6
+    slopes = np.diff(y) / np.diff(x)
+    assert (slopes > 0).all() and (np.diff(slopes) < 1e-6 * np.abs(slopes[:-1])).all()
+
+
+def test_the_hull_of_a_known_set():
+    assert pareto_hull([(1, 10), (10, 50), (100, 90), (10, 60), (1000, 80)]) == [(1, 10), (10, 60), (100, 90)]
+
+
+def test_error_curves_of_runs_and_phases(tmp_path):
+    first, second = metrics_csv(tmp_path / "pretrain.csv"), metrics_csv(tmp_path / "retrain.csv", 5, 0.6)
+    runs = [(f"run {index}", [("pretrain", first), ("retrain", second)]) for index in range(2)]
+    same_twice(tmp_path, lambda path: error_curves(runs, "toy", path))
+    error_curves([("alone", [("pretrain", first)])] * 9, "toy", tmp_path / "nine.png")
+    assert (tmp_path / "nine.png").stat().st_size > 5000
