@@ -4,8 +4,9 @@
 
 Rows: the plain loop (the specification's arithmetic, one PyTorch operator after the other), the pure PyTorch path, the C++
 path, and torch.nn.LSTM of equal multiply-adds (as many LSTMs as blocks, and a single wider one). Variants take turns in
-every round, so that a machine whose speed drifts treats them alike; times are medians. A process of its own per row
-measures memory: the growth of the peak resident set over the first steps.
+every round, so that a machine whose speed drifts treats them alike; times are medians. With --threads 1 processor time is
+measured, which other programs on the machine hardly change. A process of its own per row measures memory: the growth of the
+peak resident set over the first steps.
 """
 
 from __future__ import annotations
@@ -130,20 +131,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = variants(args)
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in rows}
     for turn in range(args.rounds + 1):  # the first round warms up
         for name, step in rows.items():
             if turn > 3 and name.startswith("plain"):
                 continue  # slow enough to be timed well by three rounds
-            start = time.perf_counter()
+            start = clock()
             step()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     reference = min(value for name, value in medians.items() if name.startswith("nn.LSTM"))
     print(
         f"{args.blocks} blocks x {args.hidden} units, {args.inputs} inputs, batch {args.batch}, {args.steps} steps, "
-        f"{args.threads} threads; torch {torch.__version__}, {platform.machine()}; forward and backward"
+        f"{args.threads} threads ({'processor' if args.threads == 1 else 'wall'} time); torch {torch.__version__}, {platform.machine()}; forward and backward"
     )
     print(f"{'':24}{'ms':>8}{'min':>8}{'plain / it':>12}{'it / nn.LSTM':>14}{'peak MiB':>10}")
     for name, median in medians.items():

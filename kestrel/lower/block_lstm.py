@@ -1,7 +1,8 @@
 """The parallel quantised LSTM blocks (kestrel.models.block_lstm) in their digital form.
 
 Codes of a signal with b bits and range a stand for code * a / 2^(b-1), as the fake-quant network has them. Crossbars
-are integer products of weight codes whose int32 sums are rescaled to the codes of the ADC.
+are integer products of weight codes whose int32 sums are rescaled to the codes of the ADC. Bit-serial inputs are looked up
+slice by slice from the code of their register; every slice has a product and a converter of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from kestrel.lower.post import View
 from kestrel.lower.tensor import Constant, Tensor
 from kestrel.models.block_lstm import ORTHOGONALITY, BlockLSTM, class_order
 from kestrel.models.inventory import weight_codes
-from kestrel.nn.cell import ROW
+from kestrel.nn.cell import ROW, Bits
+from kestrel.nn.crossbar import slice_codes
 from kestrel.quant.integer import Rescale, from_reals, segments_of, symmetric, table_of
 from kestrel.quant.packing import WeightCodes
 from kestrel.quant.quantiser import clip_quantise
@@ -57,6 +59,9 @@ def lower_block_lstm(program: Program, x: View, net: BlockLSTM, weight_bits: int
     for name, value in (("quant_inp", bits.inp), ("quant_actMVM", bits.mvm), ("quant_actNM", bits.nm)):
         if value is None:
             raise KestrelError(f"the model has analog signals, which have no integers: set model.{name} to 2..16")
+    if bits.slices and bits.inp is not None and bits.inp + bits.slices - 1 > TABLE_BITS:
+        most = TABLE_BITS + 1 - bits.inp
+        raise KestrelError(f"integers take bit-serial inputs of {TABLE_BITS} bits: set model.input_slices to 1..{most}")
     codes = weight_codes(net, weight_bits)
     limits = net.lstm.ranges_in_use().detach().double()
     ranges = {name: limits[row].tolist() for name, row in ROW.items()}
@@ -92,9 +97,16 @@ def _weights(codes: dict[str, WeightCodes], name: str, block: int) -> tuple[np.n
 
 
 def _crossbar(
-    x: str, name: str, source: _Signal, adc: _Signal, codes: dict[str, WeightCodes], keys: tuple[str, str], block: int
+    x: str,
+    name: str,
+    source: _Signal,
+    adc: _Signal,
+    codes: dict[str, WeightCodes],
+    keys: tuple[str, str],
+    block: int,
+    share: float = 1.0,
 ) -> MatMul:
-    """q(M(x, W, b)). A unit of the sums is coarse (few-bit inputs), so the bias joins them behind the multiplier."""
+    """q(M(x, W, share b)). A unit of the sums is coarse (few-bit inputs), so the bias joins them behind the multiplier."""
     weight, scale = _weights(codes, keys[0], block)  # [in, out]
     bias, bias_scale = _weights(codes, keys[1], block)  # [out]
     unit = source.step * scale
@@ -102,9 +114,46 @@ def _crossbar(
         inputs=(x,),
         outputs=(name,),
         weight=Constant.of(weight.T, codes[keys[0]].bits),
-        rescale=Rescale.of(unit / adc.step, adc.codes, (bias * (bias_scale / adc.step)).tolist()),
+        rescale=Rescale.of(unit / adc.step, adc.codes, (bias * (share * bias_scale / adc.step)).tolist()),
         scale=adc.step,
     )
+
+
+# (tensor, its step): parts of a sum.
+_Terms = list[tuple[str, float]]
+
+
+def _product(
+    program: Program,
+    x: str,
+    name: str,
+    source: _Signal,
+    adc: _Signal,
+    codes: dict[str, WeightCodes],
+    keys: tuple[str, str],
+    block: int,
+    bits: Bits,
+) -> _Terms:
+    """Add M between its converters; returns what its outputs are the sum of. `source`: codes of the DAC or register."""
+    if bits.serial is None:
+        program.add(_crossbar(x, name, source, adc, codes, keys, block))
+        return [(name, adc.step)]
+    serial, terms = bits.serial, []
+    digit, converter = _Signal(1.0, serial.bits), _Signal(1.0, adc.bits)
+    for place in range(serial.slices):
+
+        def slice_of(register: np.ndarray, place: int = place) -> np.ndarray:
+            split, _ = slice_codes(
+                torch.from_numpy(register).double(), serial.bits, serial.slices, torch.tensor(2.0 ** (source.bits - 1))
+            )
+            return split[place].numpy().astype(np.int64)
+
+        table = Constant.of(table_of(slice_of, *source.codes))
+        digits, part = f"{name}.digits{place}", f"{name}.slice{place}"
+        program.add(Lookup(inputs=(x,), outputs=(digits,), table=table, first=source.codes[0], scale=digit.step))
+        program.add(_crossbar(digits, part, digit, converter, codes, keys, block, 1 / (source.limit * serial.weight)))
+        terms.append((part, converter.step * source.limit * 2.0**-place))
+    return terms
 
 
 def _function(name: str, x: str, kind: Callable[[Real], Real], source: _Signal, target: _Signal) -> Op:
@@ -156,7 +205,8 @@ class _Cell:
     """One block's time step."""
 
     def __init__(self, net: BlockLSTM, block: int, limits: dict[str, float], codes: dict[str, WeightCodes]) -> None:
-        inp, mvm, nm = net.bits.inp, net.bits.mvm, net.bits.nm
+        self.bits = net.bits
+        inp, mvm, nm = net.bits.register or net.bits.inp, net.bits.mvm, net.bits.nm
         assert inp is not None and mvm is not None and nm is not None
         self.block, self.hidden, self.codes = block, net.hidden, codes
         bits = {"a1": inp, "a12": mvm, "a13": mvm}
@@ -178,9 +228,10 @@ class _Cell:
         h_in = Rescale.of(2.0 ** (self.h_in.bits - s["a11"].bits), self.h_in.codes)
         body.add(Requantise(inputs=(h,), outputs=(name("h_in"),), rescale=h_in, scale=self.h_in.step))
         keys = [("lstm.w_ih", "lstm.b_ih"), ("lstm.w_hh", "lstm.b_hh")]
-        body.add(_crossbar(name("x_in"), name("p1"), s["a1"], s["a12"], self.codes, keys[0], self.block))
-        body.add(_crossbar(name("h_in"), name("p2"), self.h_in, s["a13"], self.codes, keys[1], self.block))
-        products = [(name("p1"), s["a12"].step), (name("p2"), s["a13"].step)]
+        products = [
+            *_product(body, name("x_in"), name("p1"), s["a1"], s["a12"], self.codes, keys[0], self.block, self.bits),
+            *_product(body, name("h_in"), name("p2"), self.h_in, s["a13"], self.codes, keys[1], self.block, self.bits),
+        ]
         body.add(_add(products, name("gates"), s["a14"].step, s["a14"].codes))
         gates = (
             ("i", torch.sigmoid, "a4"),
@@ -204,33 +255,29 @@ class _Cell:
         ]
 
 
-def _read_out(
-    program: Program, net: BlockLSTM, block: int, h_limit: float, codes: dict[str, WeightCodes]
-) -> tuple[str, _Signal]:
+def _read_out(program: Program, net: BlockLSTM, block: int, h_limit: float, codes: dict[str, WeightCodes]) -> _Terms:
     """Scores of a block as ADC codes [O]."""
-    inp, mvm, nm = net.bits.inp, net.bits.mvm, net.bits.nm
+    inp, mvm, nm = net.bits.register or net.bits.inp, net.bits.mvm, net.bits.nm
     assert inp is not None and mvm is not None and nm is not None
     limits = net.readout.ranges[:, block].detach().double().tolist()
     h, dac, adc = _Signal(h_limit, nm), _Signal(limits[0], inp), _Signal(limits[1], mvm)
     h_in, score = f"block{block}.read_in", f"block{block}.score"
     rescale = Rescale.of(h.step / dac.step, dac.codes)
     program.add(Requantise(inputs=(f"block{block}.h.last",), outputs=(h_in,), rescale=rescale, scale=dac.step))
-    program.add(_crossbar(h_in, score, dac, adc, codes, ("readout.weight", "readout.bias"), block))
-    return score, adc
+    return _product(program, h_in, score, dac, adc, codes, ("readout.weight", "readout.bias"), block, net.bits)
 
 
-def _logits(program: Program, net: BlockLSTM, scores: list[tuple[str, _Signal]]) -> str:
+def _logits(program: Program, net: BlockLSTM, scores: list[_Terms]) -> str:
     assert net.bits.nm is not None
     if net.method == ORTHOGONALITY:
         target = _Signal(float(net.sum_range.detach()), net.bits.nm)
-        parts = [(name, adc.step) for name, adc in scores]
-        return program.add(_add(parts, "logits", target.step, target.codes))
+        return program.add(_add([term for terms in scores for term in terms], "logits", target.step, target.codes))
     # The real sums are compared as they are: a common scale finer than any ADC step.
-    step = max(adc.step for _, adc in scores) / 2**LOGIT_FRACTION
+    step = max(step for terms in scores for _, step in terms) / 2**LOGIT_FRACTION
     limits = (-(1 << 31), (1 << 31) - 1)
     groups = []
     for group in range(net.groups):
-        parts = [(name, adc.step) for name, adc in scores[group :: net.groups]]
+        parts = [term for terms in scores[group :: net.groups] for term in terms]
         groups.append(program.add(_add(parts, f"group{group}", step, limits)))
     pieces: list[str] = []
     run: list[tuple[int, int]] = []

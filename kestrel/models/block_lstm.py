@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kestrel.errors import UsageError
-from kestrel.models.network import Network, WeightGroup
+from kestrel.errors import KestrelError, UsageError
+from kestrel.models.network import Network, Phase, WeightGroup
 from kestrel.nn.cell import RANGES, Bits
+from kestrel.nn.chip import IDEAL, Chip, Deviations, Draw, draw_chip
 from kestrel.nn.crossbar import Device
 from kestrel.nn.quant_lstm import CrossbarLinear, QuantLSTM
 from kestrel.quant.quantiser import MIN_RANGE, clip_quantise
@@ -58,7 +60,11 @@ class BlockLSTM(Network):
         max_w: weights are held inside +-max_w. rows_bias: biases are held inside +-rows_bias max_w.
         drop_p: DropConnect probability of recurrent weights, in phase pretrain.
         noise_train, noise_eval: standard deviation of the weight noise as a fraction of max_w, in phases retrain and
-            eval, drawn afresh for every product at every time step.
+            eval, drawn afresh for every product at every time step (every slice of bit-serial inputs).
+        noise_program, adc_offset, adc_gain, adc_inl, adc_draw: deviations of a chip (kestrel.nn.chip.Deviations). Phase
+            retrain meets a new chip in every forward pass; phase eval draws one chip when it begins and keeps it.
+        input_coding: inputs of crossbars come at once (parallel) or as input_slices conversions of quant_inp bits
+            (bit_serial).
         pact_a: clipping ranges learn. l2: strength of the penalty on them. cs: strength of the cosine penalty.
         input_range: initial clipping range of the input (a1).
 
@@ -84,6 +90,13 @@ class BlockLSTM(Network):
         drop_p: float = 0.125,
         noise_train: float = 0.1,
         noise_eval: float = 0.0,
+        noise_program: float = 0.0,
+        adc_offset: float = 0.0,
+        adc_gain: float = 0.0,
+        adc_inl: float = 0.0,
+        adc_draw: Draw = "column",
+        input_coding: Literal["parallel", "bit_serial"] = "parallel",
+        input_slices: int = 3,
         pact_a: bool = True,
         l2: float = 0.01,
         cs: float = 0.1,
@@ -108,7 +121,15 @@ class BlockLSTM(Network):
         self.blocks, self.groups, self.method = n_msb, groups, method
         self.drop_p, self.noise_train, self.noise_eval = float(drop_p), float(noise_train), float(noise_eval)
         self.l2, self.cs, self.trainable_ranges = float(l2), float(cs), bool(pact_a)
-        self.bits = Bits(quant_inp, quant_actMVM, quant_actNM)
+        if input_coding not in ("parallel", "bit_serial"):
+            raise UsageError(f"model.input_coding: {input_coding!r}; choose parallel or bit_serial")
+        _check("input_slices", input_slices, 1, 15, whole=True)
+        self.bits = Bits(quant_inp, quant_actMVM, quant_actNM, input_slices if input_coding == "bit_serial" else 0)
+        self.deviations = Deviations(noise_program, adc_offset, adc_gain, adc_inl, adc_draw)
+        self.deviations_eval = self.deviations  # may be replaced: evaluation needs no new training
+        self._chip: Chip | None = None  # of this evaluation
+        if self.deviations.converters:
+            self._check_converters()
         self.device = Device(float(max_w), float(rows_bias), quant_w, weight_range)
 
         self.lstm = QuantLSTM(input_size, hidden, n_msb, self.bits, self.device, pact_a, float(input_range))
@@ -124,13 +145,77 @@ class BlockLSTM(Network):
         """[B, T, F] -> logits [B, C]."""
         noise = {"pretrain": 0.0, "retrain": self.noise_train, "eval": self.noise_eval}[self.phase]
         drop_p = self.drop_p if self.phase == "pretrain" else 0.0
-        hidden = self.lstm(x, drop_p, noise)  # [N, B, H]
-        scores = self.readout(hidden, noise)  # [N, B, O]
+        chip = self._chip_in_use()
+        hidden = self.lstm(x, drop_p, noise, chip)  # [N, B, H]
+        scores = self.readout(hidden, noise, chip.get("readout", IDEAL))  # [N, B, O]
         if self.method == ORTHOGONALITY:
             return clip_quantise(scores.sum(0), self.bits.nm, self.sum_range)
         # block k + m groups belongs to group k: [N, B, O] -> [m, groups, B, O] -> [groups, B, O]
         grouped = scores.view(-1, self.groups, *scores.shape[1:]).sum(0)
         return grouped.transpose(0, 1).flatten(1)[:, self.order]  # [B, groups * O] -> [B, C]
+
+    def set_phase(self, phase: Phase) -> None:
+        """Switch noise and DropConnect; the evaluation phase meets another chip each time it begins.
+
+        Raises KestrelError, naming it, where a range is below its bound, as of a damaged or foreign checkpoint.
+        """
+        super().set_phase(phase)
+        self._chip = None
+        self._check_ranges()
+
+    def evaluate_with(self, noise_read: float | None = None, **deviations: Any) -> None:
+        """Replace what phase eval meets: noise_eval, and fields of Deviations; None keeps what the settings say."""
+        if noise_read is not None:
+            self.noise_eval = float(noise_read)
+        given = {key: value for key, value in deviations.items() if value is not None}
+        self.deviations_eval = dataclasses.replace(self.deviations_eval, **given)
+        self._chip = None
+        if self.deviations_eval.converters:
+            self._check_converters()
+
+    def _check_converters(self) -> None:
+        if self.bits.mvm is None:
+            given = next(name for name in self.deviations_eval.figures() if name != "noise_program")
+            raise UsageError(
+                f"model.{given}: analog outputs have no converter that deviates; set quant_actMVM to 2..16"
+            )
+
+    def _check_ranges(self) -> None:
+        named = [(f"{name} of the cell", values) for name, values in zip(RANGES, self.lstm.ranges, strict=True)]
+        named += [
+            (f"{name} of the read-out", values) for name, values in zip(("a1", "a2"), self.readout.ranges, strict=True)
+        ]
+        if self.method == ORTHOGONALITY:
+            named.append(("sum_range", self.sum_range))
+        low = torch.stack([values.detach().min() for _, values in named])
+        for place in torch.nonzero(low < MIN_RANGE * (1 - 1e-6)).flatten().tolist():
+            name, values = named[place]
+            block = int(values.argmin())
+            raise KestrelError(
+                f"range {name} is {float(low[place]):.3g} in block {block}, out of bounds (>= {MIN_RANGE:g}): "
+                "train again with a smaller model.l2, or with model.pact_a=false"
+            )
+
+    def _chip_in_use(self) -> Chip:
+        """What deviates in this forward pass. Its key comes from torch's default generator."""
+        if self.phase == "pretrain" or torch.jit.is_tracing():
+            return {}
+        evaluation = self.phase == "eval"
+        deviations = self.deviations_eval if evaluation else self.deviations
+        if not deviations.any:
+            return {}
+        if evaluation and self._chip is not None:
+            return self._chip
+        products = {
+            "ih": (self.lstm.w_ih, self.lstm.b_ih),
+            "hh": (self.lstm.w_hh, self.lstm.b_hh),
+            "readout": (self.readout.weight, self.readout.bias),
+        }
+        with torch.no_grad():
+            chip = draw_chip(deviations, products, self.device.max_w, int(torch.randint(2**62, (), dtype=torch.int64)))
+        if evaluation:
+            self._chip = chip
+        return chip
 
     def _block_vectors(self) -> Tensor:
         """All weights and biases of each block, [N, parameters]."""

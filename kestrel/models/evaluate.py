@@ -70,7 +70,7 @@ class Accuracy:
         return wilson(self.correct, self.n)
 
 
-def wilson(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(correct: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Score interval of a binomial share (E. B. Wilson, JASA 22 (1927) 209-212); (0, 1) where n is 0.
 
     Unlike the normal approximation it stays inside [0, 1] and keeps its coverage near 0 and 1.

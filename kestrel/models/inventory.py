@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kestrel.errors import KestrelError
+from kestrel.nn.chip import Deviations
 from kestrel.quant.packing import WeightCodes, encode
 
 if TYPE_CHECKING:
@@ -90,19 +91,46 @@ def other_parameters(net: Network) -> dict[str, np.ndarray]:
 
 
 def evaluation_noise_of(net: torch.nn.Module) -> float:
-    """Strength of the device noise that the network draws in evaluation (its largest `noise_eval`); 0 = none."""
+    """Strength of the read noise that the network draws in evaluation (its largest `noise_eval`); 0 = none."""
     return max((float(getattr(module, "noise_eval", 0.0)) for module in net.modules()), default=0.0)
+
+
+def device_figures(net: torch.nn.Module) -> dict[str, float | str]:
+    """What deviates from ideal hardware in evaluation, by name: `noise_read` and the network's `deviations_eval`."""
+    noise = evaluation_noise_of(net)
+    found: dict[str, float | str] = {"noise_read": noise} if noise else {}
+    for module in net.modules():
+        deviations = getattr(module, "deviations_eval", None)
+        if deviations is not None:
+            found |= deviations.figures()
+    return found
+
+
+def describe_devices(figures: dict[str, float | str]) -> str:
+    """The figures of `device_figures` in words."""
+    units = {
+        "noise_read": "read noise {:g} max_w",
+        "noise_program": "programming noise {:g} max_w",
+        "adc_offset": "ADC offset {:g} LSB",
+        "adc_gain": "ADC gain error {:g}",
+        "adc_inl": "ADC non-linearity {:g} LSB",
+    }
+    words = [text.format(figures[key]) for key, text in units.items() if key in figures]
+    drawn = {"column": " (drawn per column)", "chip": " (drawn per chip)", "fixed": " (the same everywhere)"}
+    return ", ".join(words) + drawn.get(str(figures.get("adc_draw")), "") if words else "none"
 
 
 @contextlib.contextmanager
 def noise_off(net: torch.nn.Module) -> Iterator[None]:
-    """Inside, evaluation is free of simulated device noise (every `noise_eval` of the network is 0)."""
-    noisy = [module for module in net.modules() if hasattr(module, "noise_eval")]
-    kept = [module.noise_eval for module in noisy]
+    """Inside, evaluation is that of ideal hardware: no `noise_eval`, no `deviations_eval` in the network."""
+    ideal = {"noise_eval": 0.0, "deviations_eval": Deviations()}
+    kept = [
+        (module, name, getattr(module, name)) for module in net.modules() for name in ideal if hasattr(module, name)
+    ]
     try:
-        for module in noisy:
-            module.noise_eval = 0.0  # type: ignore[assignment]
+        for module, name, _ in kept:
+            setattr(module, name, ideal[name])
         yield
     finally:
-        for module, noise in zip(noisy, kept, strict=True):
-            module.noise_eval = noise
+        for module, name, value in kept:
+            setattr(module, name, value)

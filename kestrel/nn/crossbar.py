@@ -6,7 +6,7 @@ invisible to the gradient, which sees the clamped weights alone (straight-throug
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kestrel.errors import UsageError
+from kestrel.nn.chip import IDEAL, Converter, Part
 from kestrel.quant.quantiser import check_bits, plain_ops, round_to_level
 
 # Weight noise of one product: (added to the weights [N, I, O], added to the biases [N, O]).
 Noise = tuple[Tensor, Tensor]
+# Noise of each slice of a bit-serial product.
+Noises = Sequence[Noise | None]
 # Draws fresh noise for time step `step` of the product `name`.
 NoiseSource = Callable[[str, int], Noise]
 
@@ -76,35 +79,117 @@ class Device:
 
 
 class _Product(torch.autograd.Function):
+    """y is what the array computes from x; here it only gets its gradient. `seen` is x as the array sees it."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, device, noise):
-        ctx.save_for_backward(x, device.clamped(weight, bias)[0])
-        weight, bias = device.stored(weight, bias)
-        if noise is not None:
-            weight, bias = weight + noise[0], bias + noise[1]
-        return torch.bmm(x, weight) + bias.unsqueeze(1)
+    def forward(ctx, x, weight, bias, device, compute):
+        y, seen = compute(x, weight, bias)
+        ctx.save_for_backward(seen, device.clamped(weight, bias)[0])
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, clamped = ctx.saved_tensors
+        seen, clamped = ctx.saved_tensors
         to_x = torch.bmm(grad, clamped.transpose(1, 2)) if ctx.needs_input_grad[0] else None
-        to_weight = torch.bmm(x.transpose(1, 2), grad) if ctx.needs_input_grad[1] else None
+        to_weight = torch.bmm(seen.transpose(1, 2), grad) if ctx.needs_input_grad[1] else None
         to_bias = grad.sum(1) if ctx.needs_input_grad[2] else None
         return to_x, to_weight, to_bias, None, None
 
 
-def crossbar(x: Tensor, weight: Tensor, bias: Tensor, device: Device, noise: Noise | None = None) -> Tensor:
+def crossbar(
+    x: Tensor, weight: Tensor, bias: Tensor, device: Device, noise: Noise | None = None, program: Noise | None = None
+) -> Tensor:
     """M(x, W, b): x [N, B, I], W [N, I, O], b [N, O] -> [N, B, O].
 
-    Forward: weights and biases clamped, quantised and with `noise` added. Backward: dx = g W_c^T with the clamped,
-    noise-free, unquantised weights; dW = x^T g and db = sum g, not masked by the clamp.
+    Forward: weights and biases clamped, quantised, off by the chip's `program` and with `noise` added. Backward:
+    dx = g W_c^T with the clamped, noise-free, unquantised weights; dW = x^T g and db = sum g, not masked by the clamp.
     """
-    if plain_ops():
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = device.stored(weight, bias)
-        if noise is not None:
-            weight, bias = weight + noise[0], bias + noise[1]
-        return torch.matmul(x, weight) + bias.unsqueeze(1)
-    return _Product.apply(x, weight, bias, device, noise)
+        for off in (program, noise):
+            if off is not None:
+                weight, bias = weight + off[0], bias + off[1]
+        return torch.matmul(x, weight) + bias.unsqueeze(1), x
+
+    if plain_ops():
+        return compute(x, weight, bias)[0]
+    return _Product.apply(x, weight, bias, device, compute)
+
+
+def slice_codes(x: Tensor, bits: int, slices: int, limit: Tensor) -> tuple[list[Tensor], Tensor]:
+    """`x` in `slices` conversions of `bits`, most significant first, and the value that they add up to.
+
+    The input register holds x as code k of bits + slices - 1 bits over +-limit. Each slice takes y = round(k / 2^s),
+    at most 2^(bits-1) - 1 in magnitude, and leaves k - y 2^s to the next, with s from slices - 1 to 0; nothing is left
+    over. Slice i stands for y limit / 2^(bits-1+i).
+    """
+    full = 2 ** (bits + slices - 2)
+    top = 2 ** (bits - 1) - 1
+    step = limit * (1 / full)
+    rest = (x / step).clamp(1 - full, full - 1).round()
+    seen, codes = rest * step, []
+    for shift in reversed(range(slices)):
+        code = (rest * 2.0**-shift).round().clamp(-top, top)
+        rest = rest - code * 2.0**shift
+        codes.append(code)
+    return codes, seen
+
+
+@dataclass(frozen=True)
+class Serial:
+    """How inputs reach a crossbar bit by bit: in `slices` conversions of `bits`, each followed by an ADC of `mvm` bits."""
+
+    bits: int
+    slices: int
+    mvm: int | None
+
+    @property
+    def weight(self) -> float:
+        """Sum of the slices' weights 1, 1/2, 1/4, ..."""
+        return 2 - 2.0 ** (1 - self.slices)
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor, limit: Tensor, converter: Converter | None, noises: Noises
+    ) -> tuple[Tensor, Tensor]:
+        """(p, x as the crossbar sees it) from weights and biases as the chip holds them; `noises` one per slice."""
+        codes, seen = slice_codes(x, self.bits, self.slices, limit)
+        total = torch.zeros_like(bias).unsqueeze(1)
+        for place, (code, noise) in enumerate(zip(codes, noises, strict=True)):
+            now, rows = (weight, bias) if noise is None else (weight + noise[0], bias + noise[1])
+            # Each slice drives the bias rows by the same share of one, so that the sum holds the bias once.
+            y = torch.matmul(code * 2.0 ** (1 - self.bits), now) + rows.unsqueeze(1) / (limit * self.weight)
+            if converter is not None and self.mvm is not None:
+                y = converter(y, torch.ones_like(limit.flatten()), self.mvm)
+            total = total + round_to_level(y, self.mvm, 1.0) * 2.0**-place
+        return total * limit, seen
+
+
+def serial_crossbar(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    limit: Tensor,
+    device: Device,
+    serial: Serial,
+    noises: Noises,
+    part: Part = IDEAL,
+) -> Tensor:
+    """Bit-serial product: a sum_i Q(M(y_i, W, b'), MVM, 1) / 2^i with y_i the slices of x / a; x is clipped to +-a.
+
+    Shapes as in `crossbar`; a = `limit` [N, 1, 1]. The gradient goes straight through slices and converters: dx = g W_c^T,
+    and dW = sum_i (a y_i / 2^i)^T g, the gradients of all slices together.
+    """
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = device.stored(weight, bias)
+        if part.program is not None:
+            weight, bias = weight + part.program[0], bias + part.program[1]
+        return serial.product(x, weight, bias, limit.detach(), part.converter, noises)
+
+    if plain_ops():
+        return compute(x, weight, bias)[0]
+    return _Product.apply(x, weight, bias, device, compute)
 
 
 def draw_noise(weight: Tensor, bias: Tensor, deviation: float) -> Noise:

@@ -6,6 +6,9 @@ the backward pass is written out. Used where the native library is missing, and 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,6 +43,18 @@ class _Levels:
         return torch.addcmul(grad, out, clipped, value=-1, out=out)
 
 
+def _curves(cell: Cell, ranges: Tensor) -> list[Callable[[Tensor], Tensor] | None]:
+    """What the converters of the input and the recurrent product make of raw sums [N, B, 4H]; None = nothing."""
+    found: list[Callable[[Tensor], Tensor] | None] = []
+    for product, name in (("ih", "a12"), ("hh", "a13")):
+        converter = cell.part(product).converter
+        if converter is None or cell.bits.mvm is None:
+            found.append(None)
+        else:
+            found.append(functools.partial(converter, limit=ranges[ROW[name]], bits=cell.bits.mvm))
+    return found
+
+
 class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_ih, w_hh, b_ih, b_hh, ranges, cell, keep):
@@ -67,9 +82,19 @@ class _Sequence(torch.autograd.Function):
         # The bias is the last row of the weights, driven by an input of 1.
         full_ih = torch.cat([front_ih, bias_ih.unsqueeze(1)], dim=1)
         full_hh = torch.cat([front_hh, bias_hh.unsqueeze(1)], dim=1)
+        for name, full in (("ih", full_ih), ("hh", full_hh)):
+            program = cell.part(name).program
+            if program is not None:
+                full += torch.cat([program[0], program[1].unsqueeze(1)], dim=1)
         inputs = x.new_ones(steps, blocks, batch, width + 1)
         x_now = x.transpose(0, 1).unsqueeze(1).expand(steps, blocks, batch, width)
-        inputs[..., :-1] = q_x(x_now, out=torch.empty_like(x_now, memory_format=torch.contiguous_format))
+        clipped = torch.empty_like(x_now, memory_format=torch.contiguous_format)
+        serial = bits.serial
+        if serial is None:
+            inputs[..., :-1] = q_x(x_now, out=clipped)
+        else:  # split below, step by step
+            torch.clamp(x_now, -q_x.limit, q_x.limit, out=clipped)
+        curves = _curves(cell, ranges)
 
         slots = steps if keep else 1
         raw = x.new_empty(slots, 2, blocks, batch, 4 * hidden)  # crossbar outputs
@@ -83,21 +108,37 @@ class _Sequence(torch.autograd.Function):
         recurrent[..., -1] = 1
         buffer, part, bent = torch.empty_like(raw[0]), torch.empty_like(parts[0]), torch.empty_like(totals[0])
         gate = torch.empty_like(active[0])
-        h = torch.empty_like(totals[0])
+        h = torch.zeros_like(totals[0])
         now_ih, now_hh = full_ih, full_hh
         if cell.noise is not None:
             now_ih, now_hh = torch.empty_like(full_ih), torch.empty_like(full_hh)
         for step in range(steps):
             at = step if keep else 0
-            if cell.noise is not None:
-                for name, full, now in (("ih", full_ih, now_ih), ("hh", full_hh, now_hh)):
-                    weight_noise, bias_noise = cell.noise(name, step)
-                    torch.add(full[:, :-1], weight_noise, out=now[:, :-1])
-                    torch.add(full[:, -1], bias_noise, out=now[:, -1])
-            torch.bmm(inputs[step], now_ih, out=raw[at, 0])
-            torch.bmm(recurrent[at], now_hh, out=raw[at, 1])
-            q_products(raw[at], out=buffer)
-            torch.add(buffer[0], buffer[1], out=sums[at])
+            if serial is not None:
+                for place, (name, value, limit, full, seen) in enumerate(
+                    (
+                        ("ih", clipped[step], q_x.limit, full_ih, inputs[step]),
+                        ("hh", h, q_h_inp.limit, full_hh, recurrent[at]),
+                    )
+                ):
+                    converter, noises = cell.part(name).converter, cell.noises(name, step)
+                    raw[at, place], seen[..., :-1] = serial.product(
+                        value, full[:, :-1], full[:, -1], limit, converter, noises
+                    )
+                torch.add(raw[at, 0], raw[at, 1], out=sums[at])
+            else:
+                if cell.noise is not None:
+                    for name, full, now in (("ih", full_ih, now_ih), ("hh", full_hh, now_hh)):
+                        weight_noise, bias_noise = cell.noise(name, step)
+                        torch.add(full[:, :-1], weight_noise, out=now[:, :-1])
+                        torch.add(full[:, -1], bias_noise, out=now[:, -1])
+                torch.bmm(inputs[step], now_ih, out=raw[at, 0])
+                torch.bmm(recurrent[at], now_hh, out=raw[at, 1])
+                for place, curve in enumerate(curves):
+                    if curve is not None:
+                        raw[at, place] = curve(raw[at, place])
+                q_products(raw[at], out=buffer)
+                torch.add(buffer[0], buffer[1], out=sums[at])
             q_gates(sums[at], out=gate)
             torch.sigmoid(gate, out=active[at])
             active[at, ..., hidden : 2 * hidden] = torch.tanh(gate[..., hidden : 2 * hidden])
@@ -114,6 +155,7 @@ class _Sequence(torch.autograd.Function):
             recurrent[following, ..., :-1] = q_h_inp(h, out=bent)
         if keep:
             ctx.save_for_backward(x)
+            ctx.serial = serial
             ctx.kept = (inputs, raw, sums, active, parts, states, totals, shown, recurrent)
             ctx.weights = (back_ih, back_hh, cell.mask)
             ctx.levels = (q_x, q_products, q_gates, q_active, q_cell, q_c, q_shown, q_h)
@@ -169,7 +211,10 @@ class _Sequence(torch.autograd.Function):
             tanh = value[..., hidden : 2 * hidden]
             slope[..., hidden : 2 * hidden] = 1 - tanh * tanh
             q_gates.behind(slope.mul_(d_gate), sums[step], by_name["a14"], wide, gate)
-            d1, d2 = q_products.behind(gate, raw[step], products, spare_raw, d_raw)
+            if ctx.serial is None:
+                d1, d2 = q_products.behind(gate, raw[step], products, spare_raw, d_raw)
+            else:  # converters of slices clip without a gradient of their own
+                d1 = d2 = gate
             torch.baddbmm(d_full_ih, inputs[step].transpose(1, 2), d1, out=d_full_ih)
             torch.baddbmm(d_full_hh, recurrent[step].transpose(1, 2), d2, out=d_full_hh)
             if x_clipped or dx is not None:

@@ -32,12 +32,13 @@ class Problem(ctypes.Structure):
     """Mirrors `struct Problem` of the source."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("blocks", "batch", "steps", "input", "hidden", "slices", "chunk")),
+        *((name, ctypes.c_int64) for name in ("blocks", "batch", "steps", "input", "hidden", "chunk")),
+        *((name, ctypes.c_int64) for name in ("slices", "last_slices")),
         *((name, ctypes.c_int64) for name in ("inp_bits", "mvm_bits", "nm_bits", "keep")),
         ("noise", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "back_ih", "back_hh", "ranges")),
-        *((name, ctypes.c_void_p) for name in ("tables", "saved", "scratch", "h", "grad_h")),
+        *((name, ctypes.c_void_p) for name in ("tables", "adc", "saved", "scratch", "h", "grad_h")),
         *((name, ctypes.c_void_p) for name in ("d_ih", "d_hh", "db_ih", "db_hh", "d_ranges", "d_x")),
     ]
 
@@ -103,13 +104,15 @@ class _Buffer:
             free.append(self.memory)
 
 
-def slices_of(blocks: int, batch: int) -> int:
-    """Slices of the batch per block: at least four tasks, an even number of them, of 8 to 128 clips each.
+def slices_of(blocks: int, batch: int) -> tuple[int, int]:
+    """Slices of the batch per block, and of the last block: at least four tasks, of 8 to 128 clips each.
 
-    It must not depend on the number of threads, or else the order of sums would.
+    An odd block is halved, so that two threads finish together, while the others stay whole: every slice streams the
+    weights of its block again. It must not depend on the number of threads, or else the order of sums would.
     """
-    tasks = {1: 4, 2: 2, 3: 2}.get(blocks, 1 + blocks % 2)
-    return max(1, min(tasks, batch // 8), math.ceil(batch / 128))
+    each, last = {1: (4, 4), 2: (2, 2)}.get(blocks, (1, 1 + blocks % 2))
+    whole = max(1, min(each, batch // 8), math.ceil(batch / 128))
+    return whole, whole if last == each or batch < 16 else 2 * whole
 
 
 def _tables(cell: Cell) -> Tensor:
@@ -133,17 +136,30 @@ def _tables(cell: Cell) -> Tensor:
     return torch.stack([round_to_level(plain, bits, limit), slope], dim=-1)
 
 
+def _curves(cell: Cell) -> Tensor | None:
+    """Coefficients of the converters' curves, [2, N, 3, 4H] (kestrel.nn.chip.Converter); None where they are ideal."""
+    found = []
+    for product, name in (("ih", "a12"), ("hh", "a13")):
+        converter = cell.part(product).converter
+        if converter is None or cell.bits.mvm is None:
+            return None
+        found.append(torch.stack(converter.coefficients(cell.ranges[ROW[name]], cell.bits.mvm), dim=1))
+    return torch.stack(found).contiguous()
+
+
 def _problem(x: Tensor, cell: Cell, deviation: float, seed: int, keep: bool) -> Problem:
     blocks, hidden = cell.w_hh.shape[:2]
     batch, steps, width = x.shape
+    slices, last_slices = slices_of(blocks, batch)
     return Problem(
         blocks=blocks,
         batch=batch,
         steps=steps,
         input=width,
         hidden=hidden,
-        slices=slices_of(blocks, batch),
         chunk=_CHUNK,
+        slices=slices,
+        last_slices=last_slices,
         inp_bits=cell.bits.inp or 0,
         mvm_bits=cell.bits.mvm or 0,
         nm_bits=cell.bits.nm or 0,
@@ -163,12 +179,18 @@ class _Sequence(torch.autograd.Function):
         front_hh, bias_hh = device.stored(w_hh, b_hh)
         if cell.mask is not None:
             back_hh, front_hh = back_hh * cell.mask, front_hh * cell.mask
+        if (program := cell.part("ih").program) is not None:
+            front_ih, bias_ih = front_ih + program[0], bias_ih + program[1]
+        if (program := cell.part("hh").program) is not None:
+            front_hh, bias_hh = front_hh + program[0], bias_hh + program[1]
         x = x.contiguous()
         held: dict[str, Any] = {
             **{"x": x, "w_ih": front_ih, "w_hh": front_hh, "b_ih": bias_ih, "b_hh": bias_hh},
             **{"back_ih": back_ih, "back_hh": back_hh, "ranges": ranges.detach().contiguous()},
         }
         held["tables"] = _tables(cell)
+        if (curves := _curves(cell)) is not None:
+            held["adc"] = curves
         problem = _problem(x, cell, deviation, seed, keep)
         for name, tensor in held.items():
             setattr(problem, name, tensor.data_ptr())
@@ -213,8 +235,10 @@ def native_lstm(x: Tensor, cell: Cell, deviation: float = 0.0, seed: int | None 
     """x [B, T, I] -> the last hidden state [N, B, H], float32 on the CPU.
 
     `deviation`: standard deviation of the weight noise; its values depend on `seed` alone (drawn from torch's default
-    generator where None). `cell.noise` is not used.
+    generator where None). `cell.noise` is not used. Inputs are not split into slices here.
     """
+    if cell.bits.slices:
+        raise ValueError("bit-serial inputs are computed by fused_lstm")
     if x.dim() != 3 or x.shape[2] != cell.w_ih.shape[1] or x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted a filled [B, T, {cell.w_ih.shape[1]}]")
     if deviation > 0 and seed is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 
 import torch
@@ -9,10 +11,18 @@ from torch import Tensor, nn
 
 from kestrel.errors import KestrelError
 from kestrel.nn import native
-from kestrel.nn.cell import RANGES, ROW, Bits, Cell, plain_lstm
-from kestrel.nn.crossbar import Device, crossbar, draw_noise, uniform
+from kestrel.nn.cell import RANGES, ROW, Bits, Cell, converted_product, plain_lstm
+from kestrel.nn.chip import IDEAL, Chip, Part
+from kestrel.nn.crossbar import Device, draw_noise, uniform
 from kestrel.nn.fused import fused_lstm
-from kestrel.quant.quantiser import MIN_RANGE, clip_quantise, plain_ops, shared_range
+from kestrel.quant.quantiser import MIN_RANGE, plain_ops, shared_range
+
+_LOG = logging.getLogger("kestrel")
+
+
+@functools.cache
+def _say_serial() -> None:
+    _LOG.info("bit-serial inputs have no native LSTM: using the slower PyTorch path")
 
 
 class QuantLSTM(nn.Module):
@@ -39,23 +49,28 @@ class QuantLSTM(nn.Module):
         self.ranges = nn.Parameter(start, requires_grad=trainable_ranges)
         self.project()
 
-    def forward(self, x: Tensor, drop_p: float = 0.0, noise: float = 0.0) -> Tensor:
-        """Args: `drop_p` DropConnect probability of w_hh; `noise` standard deviation as a fraction of max_w.
+    def forward(self, x: Tensor, drop_p: float = 0.0, noise: float = 0.0, chip: Chip | None = None) -> Tensor:
+        """Args: `drop_p` DropConnect probability of w_hh; `noise` standard deviation as a fraction of max_w; `chip`
+        deviations of the products `ih` and `hh`.
 
         Raises KestrelError where x has another number of features.
         """
         if not plain_ops() and x.shape[-1] != self.w_ih.shape[1]:
             raise KestrelError(f"features have {x.shape[-1]} values per frame, the network takes {self.w_ih.shape[1]}")
         cell = Cell(self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.ranges_in_use(), self.bits, self.device)
+        cell.chip = chip or {}
         if drop_p > 0:  # one mask per pass and block, shared over time, without rescaling
             cell.mask = (torch.rand_like(self.w_hh) >= drop_p).to(self.w_hh.dtype)
         deviation = noise * self.device.max_w
         plain = plain_ops() or x.numel() == 0
-        if not plain and x.device.type == "cpu" and x.dtype == torch.float32 and native.available():
+        fits = x.device.type == "cpu" and x.dtype == torch.float32
+        if not plain and fits and not self.bits.slices and native.available():
             return native.native_lstm(x, cell, deviation)
         if noise > 0:
             weights = {"ih": (self.w_ih, self.b_ih), "hh": (self.w_hh, self.b_hh)}
             cell.noise = lambda name, step: draw_noise(*weights[name], deviation)
+        if self.bits.slices and fits:
+            _say_serial()
         return plain_lstm(x, cell) if plain else fused_lstm(x, cell)
 
     def ranges_in_use(self) -> Tensor:
@@ -87,12 +102,12 @@ class CrossbarLinear(nn.Module):
         self.ranges = nn.Parameter(torch.tensor([[4.0], [16.0]]).repeat(1, blocks), requires_grad=trainable_ranges)
         self.project()
 
-    def forward(self, h: Tensor, noise: float = 0.0) -> Tensor:
-        """Args: `noise` standard deviation of the weight noise as a fraction of max_w."""
-        limit_in, limit_out = self.ranges[0].view(-1, 1, 1), self.ranges[1].view(-1, 1, 1)
-        drawn = draw_noise(self.weight, self.bias, noise * self.device.max_w) if noise > 0 else None
-        product = crossbar(clip_quantise(h, self.bits.inp, limit_in), self.weight, self.bias, self.device, drawn)
-        return clip_quantise(product, self.bits.mvm, limit_out)
+    def forward(self, h: Tensor, noise: float = 0.0, part: Part = IDEAL) -> Tensor:
+        """Args: `noise` standard deviation of the weight noise as a fraction of max_w; `part` deviations of the chip."""
+        deviation, count = noise * self.device.max_w, max(1, self.bits.slices)
+        noises = [draw_noise(self.weight, self.bias, deviation) if noise > 0 else None for _ in range(count)]
+        limits = self.ranges[0], self.ranges[1]
+        return converted_product(h, self.weight, self.bias, limits, self.bits, self.device, noises, part)
 
     @torch.no_grad()
     def project(self) -> None:

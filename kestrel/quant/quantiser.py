@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kestrel.errors import UsageError
 
@@ -126,27 +126,3 @@ def pact(x: Tensor, limit: Tensor) -> Tensor:
 def clip_quantise(x: Tensor, bits: int | None, limit: Tensor) -> Tensor:
     """Q(P(x, a), b, a): clipping with a trainable range, then quantising over the same range."""
     return quantise(pact(x, limit), bits, limit)
-
-
-class Quantiser(nn.Module):
-    """Clipping and quantising with one range per block, for signals [N, ..., features] of N blocks.
-
-    `bits` None clips only. The range `limit` [N] is a parameter, which learns where `trainable`.
-    """
-
-    def __init__(self, bits: int | None, limit: float, blocks: int = 1, trainable: bool = True) -> None:
-        super().__init__()
-        self.bits = check_bits("bits", bits)
-        if not limit >= MIN_RANGE:
-            raise UsageError(f"range: {limit} is out of bounds (>= {MIN_RANGE:g})")
-        self.limit = nn.Parameter(torch.full((blocks,), float(limit)), requires_grad=trainable)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, ...] (any shape for a single block) -> the same shape, on the levels of the quantiser."""
-        limit = self.limit if self.limit.numel() == 1 else self.limit.view(-1, *[1] * (x.dim() - 1))
-        return clip_quantise(x, self.bits, limit)
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Keep the range positive (>= MIN_RANGE)."""
-        self.limit.clamp_(min=MIN_RANGE)

@@ -32,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8-bit weights over 1": {"quant_w": 8, "weight_range": "paper"},
     "few bits": {"quant_inp": 3, "quant_actMVM": 4, "quant_actNM": 4},
     "coarser digital values than inputs": {"quant_inp": 6, "quant_actMVM": 8, "quant_actNM": 4},
+    "bit-serial inputs": {"quant_inp": 2, "input_coding": "bit_serial", "input_slices": 3},
+    "bit-serial inputs of more bits": {"quant_inp": 3, "input_coding": "bit_serial", "method": 0},
     "10 bits": {"quant_inp": 8, "quant_actMVM": 10, "quant_actNM": 10},
 }
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from kestrel.errors import UsageError
+from kestrel.errors import KestrelError, UsageError
 from kestrel.models.block_lstm import BlockLSTM, class_order
 from kestrel.models.spotter import KeywordSpotter
+from kestrel.nn.cell import ROW
 from kestrel.quant.quantiser import clip_quantise
 
 
@@ -194,6 +195,113 @@ def test_training_is_reproducible(monkeypatch, use_native: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+# ---- chips ----
+
+DEVIATIONS = {"noise_program": 0.2, "adc_offset": 1.0, "adc_gain": 0.05, "adc_inl": 1.0}
+
+
+@pytest.mark.parametrize(
+    "settings", [DEVIATIONS, {"noise_program": 0.2}, {"adc_inl": 2.0, "adc_draw": "fixed"}], ids=str
+)
+def test_evaluation_keeps_one_chip(settings: dict) -> None:
+    net, x = network(**settings), features()
+    net.set_phase("eval")
+    torch.manual_seed(3)
+    first = net(x)
+    assert torch.equal(net(x), first)  # no read noise: the chip alone deviates
+    assert torch.equal(net(x[2:4]), first[2:4])  # the same for every batch
+    net.set_phase("eval")
+    other = net(x)
+    assert torch.equal(first, other) == (settings.get("adc_draw") == "fixed")
+    net.set_phase("eval")
+    torch.manual_seed(3)
+    assert torch.equal(net(x), first)
+    net.evaluate_with(noise_program=0, adc_offset=0, adc_gain=0, adc_inl=0)
+    assert not torch.equal(net(x), first)
+    ideal = network()
+    ideal.load_state_dict(net.state_dict())
+    ideal.set_phase("eval")
+    assert torch.equal(net(x), ideal(x))
+
+
+def test_phases_meet_the_chips_that_are_theirs() -> None:
+    net, x = network(drop_p=0.0, noise_train=0.0, **DEVIATIONS), features()
+    net.set_phase("pretrain")
+    state = torch.get_rng_state()
+    assert torch.equal(net(x), net(x))  # ideal
+    assert torch.equal(torch.get_rng_state(), state)
+    net.set_phase("retrain")
+    assert not torch.equal(net(x), net(x))  # a new chip in every pass
+    net(x).sum().backward()
+    assert net.lstm.w_hh.grad.isfinite().all()
+
+
+def test_zero_deviations_change_nothing() -> None:
+    net, x = network(noise_eval=0.1), features()
+    same = network(noise_eval=0.1, noise_program=0.0, adc_offset=0.0, adc_gain=0.0, adc_inl=0.0, adc_draw="fixed")
+    for one in (net, same):
+        one.set_phase("eval")
+    torch.manual_seed(1)
+    first = net(x)
+    torch.manual_seed(1)
+    assert torch.equal(same(x), first)
+    assert list(net.state_dict()) == list(same.state_dict())
+
+
+def test_read_noise_comes_on_top_of_a_chip() -> None:
+    net, x = network(noise_program=0.2), features()
+    net.evaluate_with(noise_read=0.1)
+    net.set_phase("eval")
+    assert net.noise_eval == 0.1
+    assert not torch.equal(net(x), net(x))
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": 0, "quant_w": 4}], ids=str)
+def test_bit_serial_inputs_with_fine_converters_are_parallel_ones(settings: dict) -> None:
+    """Slices of 2 bits over a register of 4, with converters that hardly round, against 4-bit inputs."""
+    x = features()
+    serial = network(quant_inp=2, quant_actMVM=16, input_coding="bit_serial", **settings)
+    parallel = network(quant_inp=4, quant_actMVM=16, **settings)
+    with torch.no_grad():  # ranges that a small network fills
+        serial.lstm.ranges[ROW["a11"]] = 0.5
+        serial.readout.ranges[0] = 0.5
+        serial.lstm.b_hh.fill_(0.2)  # converters over the range 1 clip no slice
+        if "sum_range" in serial.state_dict():
+            serial.sum_range.fill_(2)
+    parallel.load_state_dict(serial.state_dict())
+    for net in (serial, parallel):
+        net.set_phase("eval")
+    assert serial(x).std() > 0.05
+    assert (serial(x) - parallel(x)).abs().mean() < 0.1 * serial(x).std()
+    assert network(input_coding="bit_serial", quant_inp=2).bits.slices == 3
+    assert network(input_slices=5).bits.slices == 0
+
+
+# ---- ranges ----
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [("lstm", "range a9 of the cell is 0 in block 2"), ("readout", "range a2 of the read-out is 0 in block 1"),
+     ("sum", "range sum_range is 0 in block 0")],
+)  # fmt: skip
+def test_a_range_of_zero_is_an_error_with_its_name(place: str, named: str) -> None:
+    net = network()
+    with torch.no_grad():
+        if place == "lstm":
+            net.lstm.ranges[7, 2] = 0
+        elif place == "readout":
+            net.readout.ranges[1, 1] = 0
+        else:
+            net.sum_range.zero_()
+    for phase in ("pretrain", "retrain", "eval"):
+        with pytest.raises(KestrelError) as error:
+            net.set_phase(phase)
+        assert named in str(error.value) and ">= 0.01" in str(error.value) and "\n" not in str(error.value)
+    net.project()
+    net.set_phase("eval")
+
+
 # ---- learning ----
 
 
@@ -235,7 +343,10 @@ def test_project() -> None:
 # ---- export ----
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": 0, "n_msb": 8}, {"method": 2}, {"quant_w": 4}], ids=str)
+SERIAL = {"quant_inp": 2, "input_coding": "bit_serial"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": 0, "n_msb": 8}, {"method": 2}, {"quant_w": 4}, SERIAL], ids=str)
 def test_onnx_equals_the_network(settings: dict) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     net = network(**settings)
@@ -293,6 +404,13 @@ def test_weight_groups(weight_range, limit: float) -> None:
         ({"rows_bias": 0}, "rows_bias", "> 0"),
         ({"input_range": 0.0}, "input_range", ">= 0.01"),
         ({"l2": -1}, "l2", ">= 0"),
+        ({"noise_program": -0.1}, "noise_program", ">= 0"),
+        ({"adc_draw": "row"}, "adc_draw", "column, chip, fixed"),
+        ({"adc_offset": 1.0, "quant_actMVM": None}, "adc_offset", "set quant_actMVM"),
+        ({"input_coding": "serial"}, "input_coding", "parallel or bit_serial"),
+        ({"input_coding": "bit_serial", "quant_inp": None}, "input_coding", "2..16"),
+        ({"input_coding": "bit_serial", "input_slices": 14}, "input_slices", "1..13"),
+        ({"input_slices": 0}, "input_slices", "1..15"),
         ({"cs": -1}, "cs", ">= 0"),
     ],
 )

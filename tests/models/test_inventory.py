@@ -8,6 +8,8 @@ from kestrel.models.block_lstm import BlockLSTM
 from kestrel.models.inventory import (
     OUTSIDE,
     decoded_weights,
+    describe_devices,
+    device_figures,
     evaluation_noise_of,
     layers,
     noise_off,
@@ -117,4 +119,18 @@ def test_noise_off_makes_evaluation_repeatable_and_is_undone():
             assert (net(x) == net(x)).all()
             assert evaluation_noise_of(net) == 0.0
         assert (net(x) != net(x)).any()
+    assert device_figures(net) == {"noise_read": 0.3}
     assert evaluation_noise_of(nn.Linear(2, 2)) == 0.0
+
+
+def test_noise_off_is_ideal_hardware_and_a_chip_comes_back():
+    net, x = _net(noise_program=0.2, adc_offset=1.0), torch.randn(6, 7, 5)
+    with torch.no_grad():
+        chip = net(x)
+        with noise_off(net):
+            ideal = net(x)
+            assert device_figures(net) == {}
+        assert (net(x) == chip).all()
+    assert (ideal != chip).any()
+    assert describe_devices(device_figures(net)) == "programming noise 0.2 max_w, ADC offset 1 LSB (drawn per column)"
+    assert describe_devices({}) == "none"

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from kestrel.errors import UsageError
 from kestrel.quant.quantiser import (
-    MIN_RANGE,
     RANGE_BITS,
-    Quantiser,
     check_bits,
     clip_quantise,
     pact,
@@ -144,26 +142,8 @@ def test_traced_operators_agree() -> None:
     assert torch.equal(traced(x), clip_quantise(x, 5, a))
 
 
-def test_module() -> None:
-    module = Quantiser(3, 2.0, blocks=4)
-    x = torch.randn(4, 6, 5) * 3
-    assert len(module(x).unique()) == 7
-    module(x).sum().backward()
-    assert module.limit.grad.shape == (4,)
-    with torch.no_grad():
-        module.limit[1] = -5
-    module.project()
-    assert module.limit.min().item() == pytest.approx(MIN_RANGE)
-    assert not Quantiser(3, 2.0, trainable=False).limit.requires_grad
-
-
 @pytest.mark.parametrize("bits", [-1, 1, 17, True, 2.5])
 def test_wrong_bits(bits) -> None:
     with pytest.raises(UsageError, match=r"^model.quant_inp: .*2\.\.16") as error:
         check_bits("model.quant_inp", bits)
     assert "\n" not in str(error.value)
-
-
-def test_wrong_range() -> None:
-    with pytest.raises(UsageError, match="range"):
-        Quantiser(4, 0.0)

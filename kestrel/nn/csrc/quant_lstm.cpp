@@ -1,8 +1,9 @@
 // Forward and backward pass of N quantised LSTM blocks over a whole sequence (equations: kestrel/nn/quant_lstm.py).
 //
 // One task = one block and one slice of the batch. A task runs its whole sequence with single-threaded matrix products
-// and fused element-wise loops, so threads never wait for each other inside a sequence. Slices depend on the problem and
-// not on the number of threads, and partial sums are added in a fixed order: results do not depend on threads.
+// and fused element-wise loops, so threads never wait for each other inside a sequence; a thread that is done takes the
+// next task. Slices depend on the problem and not on the number of threads, and partial sums are added in a fixed order:
+// results do not depend on threads.
 //
 // The forward pass keeps one code and one byte of clipping flags per gate; the backward pass recomputes the rest.
 // Sigmoid and tanh act on codes: PyTorch's own values for all codes are a small table.
@@ -16,6 +17,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -49,7 +51,8 @@ constexpr float SATURATED = -1.0f;  // entry of a slope table where the value is
 
 // Mirrors kestrel.nn.native.Problem. All tensors are contiguous float32.
 struct Problem {
-  int64_t blocks, batch, steps, input, hidden, slices, chunk;
+  int64_t blocks, batch, steps, input, hidden, chunk;
+  int64_t slices, last_slices;          // of the batch: of each block, and of the last one
   int64_t inp_bits, mvm_bits, nm_bits;  // 0 = analog
   int64_t keep;                         // whether a backward pass will follow
   double noise;                         // standard deviation of the weight noise
@@ -60,6 +63,7 @@ struct Problem {
   const float *back_ih, *back_hh;   // weights that the gradient sees
   const float *ranges;              // [13, N]
   const float *tables;              // [5, N, 2^nm, 2] quantised value and derivative of each activation
+  const float *adc;                 // [2, N, 3, 4H] factor, offset and bow of each converter; null = ideal
   void *saved, *scratch;            // saved_bytes, scratch_bytes; 64-byte aligned
   float *h;                         // [N, B, H]
   const float *grad_h;              // [N, B, H]
@@ -320,17 +324,21 @@ struct Slice {
   int64_t block, start, rows;
 };
 
+int64_t slices_of(const Problem &p, int64_t block) { return block + 1 < p.blocks ? p.slices : p.last_slices; }
+
+int64_t tasks_of(const Problem &p) { return (p.blocks - 1) * p.slices + p.last_slices; }
+
 Slice slice_of(const Problem &p, int64_t task) {
-  const int64_t block = task / p.slices, part = task % p.slices;
-  const int64_t start = p.batch * part / p.slices;
-  return {block, start, p.batch * (part + 1) / p.slices - start};
+  const int64_t block = std::min(task / p.slices, p.blocks - 1), part = task - block * p.slices;
+  const int64_t slices = slices_of(p, block), start = p.batch * part / slices;
+  return {block, start, p.batch * (part + 1) / slices - start};
 }
 
 // Sizes of a task. Blocks narrower than a vector are computed with additional units whose weights are zero.
 struct Sizes {
-  int64_t rows, width, gates, x_stride, h_stride;  // most rows; units; 4 units; columns of crossbar inputs
+  int64_t width, gates, x_stride, h_stride;  // units; 4 units; columns of crossbar inputs
   explicit Sizes(const Problem &p)
-      : rows((p.batch + p.slices - 1) / p.slices), width(std::max(p.hidden, LINE)), gates(4 * width),
+      : width(std::max(p.hidden, LINE)), gates(4 * width),
         x_stride(padded(p.input + 1)), h_stride(padded(width + 1)) {}
 };
 
@@ -344,9 +352,9 @@ template <class Code> struct Kept {
   Code *c;              // [T + 1, rows, H], c[0] = 0
   uint8_t *cell_flags;  // [T, rows, H]
   int64_t *outside;     // clipped inputs of each step
-  Kept(const Problem &p, Arena &arena) {
+  Kept(const Problem &p, int64_t slice_rows, Arena &arena) {
     const Sizes size(p);
-    const int64_t rows = (p.keep ? p.steps + 1 : 2) * size.rows;
+    const int64_t rows = (p.keep ? p.steps + 1 : 2) * slice_rows;
     x = arena.take<float>(rows * size.x_stride);
     h = arena.take<float>(rows * size.h_stride);
     code = arena.take<Code>(rows * size.gates);
@@ -361,20 +369,20 @@ struct ForwardScratch {
   float *raw1, *raw2, *h, *spare;  // crossbar outputs [rows, 4H]; h [rows, H]
   float *w_ih, *w_hh, *noisy;      // weights with the bias as last row
   float *wide_ih, *wide_hh;        // the same for widened blocks
-  float *rows;                     // some rows of values
-  ForwardScratch(const Problem &p, Arena &arena) {
+  float *values;                   // some rows of values
+  ForwardScratch(const Problem &p, int64_t rows, Arena &arena) {
     const Sizes size(p);
     const bool wide = size.width != p.hidden;
-    raw1 = arena.take<float>(size.rows * size.gates);
-    raw2 = arena.take<float>(size.rows * size.gates);
-    h = arena.take<float>(size.rows * size.width);
-    spare = arena.take<float>(size.rows * size.width);
+    raw1 = arena.take<float>(rows * size.gates);
+    raw2 = arena.take<float>(rows * size.gates);
+    h = arena.take<float>(rows * size.width);
+    spare = arena.take<float>(rows * size.width);
     w_ih = arena.take<float>((p.input + 1) * 4 * p.hidden);
     w_hh = arena.take<float>((p.hidden + 1) * 4 * p.hidden);
     noisy = arena.take<float>(p.noise > 0 ? (std::max(p.input, p.hidden) + 1) * 4 * p.hidden : 0);
     wide_ih = arena.take<float>(wide ? (p.input + 1) * size.gates : 0);
     wide_hh = arena.take<float>(wide ? (size.width + 1) * size.gates : 0);
-    rows = arena.take<float>(5 * size.width);
+    values = arena.take<float>(5 * size.width);
   }
 };
 
@@ -384,30 +392,35 @@ struct BackwardScratch {
   float *d1, *d2;               // gradients of crossbar outputs [chunk, rows, 4H]
   float *dh, *dc, *dc_old;      // [rows, H]
   float *dx, *w_ih, *w_hh;      // [chunk, rows, I]; weights [I, 4H]; weights transposed [4H, H]
-  float *rows;                  // some rows of values
+  float *values;                // some rows of values
   float *turned;                // transposed crossbar inputs
-  BackwardScratch(const Problem &p, Arena &arena) {
+  BackwardScratch(const Problem &p, int64_t rows, Arena &arena) {
     const Sizes size(p);
     d_ih = arena.take<float>((p.input + 1) * size.gates);
     d_hh = arena.take<float>((size.width + 1) * size.gates);
     sums = arena.take<double>(RANGES);
-    d1 = arena.take<float>(p.chunk * size.rows * size.gates);
-    d2 = arena.take<float>(p.chunk * size.rows * size.gates);
-    dh = arena.take<float>(size.rows * size.width);
-    dc = arena.take<float>(size.rows * size.width);
-    dc_old = arena.take<float>(size.rows * size.width);
-    dx = arena.take<float>(p.chunk * size.rows * p.input);
+    d1 = arena.take<float>(p.chunk * rows * size.gates);
+    d2 = arena.take<float>(p.chunk * rows * size.gates);
+    dh = arena.take<float>(rows * size.width);
+    dc = arena.take<float>(rows * size.width);
+    dc_old = arena.take<float>(rows * size.width);
+    dx = arena.take<float>(p.chunk * rows * p.input);
     w_ih = arena.take<float>(p.input * size.gates);
     w_hh = arena.take<float>(size.gates * size.width);
-    rows = arena.take<float>(10 * size.width);
-    turned = arena.take<float>(padded(p.chunk * size.rows) * std::max(size.x_stride, size.h_stride));
+    values = arena.take<float>(10 * size.width);
+    turned = arena.take<float>(padded(p.chunk * rows) * std::max(size.x_stride, size.h_stride));
   }
 };
 
-template <class Part> int64_t size_of(const Problem &p) {
-  Arena arena{nullptr};
-  Part part(p, arena);
-  return arena.used;
+// Where the part of each task begins in a buffer; the last entry is the size of all.
+template <class Part> std::vector<int64_t> places_of(const Problem &p) {
+  std::vector<int64_t> places{0};
+  for (int64_t task = 0; task < tasks_of(p); task++) {
+    Arena arena{nullptr};
+    const Part part(p, slice_of(p, task).rows, arena);
+    places.push_back(places.back() + arena.used);
+  }
+  return places;
 }
 
 // Copies rows of four gates between widths (`from_width` and `to_width` units); the rest of wider rows becomes zero.
@@ -456,6 +469,22 @@ const float *weights_of(const Problem &p, int64_t block, int64_t step, int64_t p
   return wide;
 }
 
+// The curve of imperfect converters, for the crossbar outputs of product 0 (input) or 1 (recurrent):
+// v factor + offset - min(|v|, range)^2 bow.
+void bend(const Problem &p, int64_t block, int64_t product, float range, int64_t rows, float *raw) {
+  const int64_t width = Sizes(p).width, hidden = p.hidden;
+  const float *curve = p.adc + (product * p.blocks + block) * 12 * hidden;
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t gate = 0; gate < 4; gate++, raw += width) {
+      const float *factor = curve + gate * hidden, *offset = factor + 4 * hidden, *bow = offset + 4 * hidden;
+#pragma omp simd
+      for (int64_t unit = 0; unit < hidden; unit++) {
+        const float v = raw[unit], inside = std::fabs(v) > range ? range : v;
+        raw[unit] = (v * factor[unit] + offset[unit]) - inside * inside * bow[unit];
+      }
+    }
+}
+
 bool any_nan(const float *from, int64_t count) {
   int found = 0;
 #pragma omp simd reduction(| : found)
@@ -466,9 +495,9 @@ bool any_nan(const float *from, int64_t count) {
 // Returns whether an input, a weight or a range is not a number: codes could not carry it on.
 template <class Code> bool forward_task(const Problem &p, const Slice &s, char *saved, char *scratch) {
   Arena kept_arena{saved}, scratch_arena{scratch};
-  const Kept<Code> kept(p, kept_arena);
-  const ForwardScratch work(p, scratch_arena);
-  const auto [most_rows, width, gates, x_stride, h_stride] = Sizes(p);
+  const Kept<Code> kept(p, s.rows, kept_arena);
+  const ForwardScratch work(p, s.rows, scratch_arena);
+  const auto [width, gates, x_stride, h_stride] = Sizes(p);
   const int64_t hidden = p.hidden, rows = s.rows;
   const Cell cell = cell_of(p, s.block);
   const Levels q1(range_of(p, s.block, A1), p.inp_bits), q12(range_of(p, s.block, A12), p.mvm_bits),
@@ -503,10 +532,15 @@ template <class Code> bool forward_task(const Problem &p, const Slice &s, char *
       small_product(rows, gates, width + 1, h_now, h_stride, w_hh, gates, work.raw2, gates);
     else  // h = 0: the bias alone
       for (int64_t row = 0; row < rows; row++) std::copy_n(w_hh + width * gates, gates, work.raw2 + row * gates);
+    if (p.adc) {
+      bend(p, s.block, 0, q12.range, rows, work.raw1);
+      bend(p, s.block, 1, q13.range, rows, work.raw2);
+    }
     gate_loop(work.raw1, work.raw2, rows, gates, q12, q13, cell.a14, kept.code + now * gates,
               kept.gate_flags + now * gates);
     cell_loop(kept.code + now * gates, rows, width, cell, kept.c + now * width, kept.c + next * width, work.h,
-              last ? work.spare : kept.h + next * h_stride, last ? width : h_stride, kept.cell_flags + now * width, work.rows);
+              last ? work.spare : kept.h + next * h_stride, last ? width : h_stride, kept.cell_flags + now * width,
+              work.values);
   }
   float *h = p.h + (s.block * p.batch + s.start) * hidden;
   for (int64_t row = 0; row < rows; row++) std::copy_n(work.h + row * width, hidden, h + row * hidden);
@@ -544,9 +578,9 @@ void input_gradient(const Problem &p, const Slice &s, const BackwardScratch &wor
 
 template <class Code> void backward_task(const Problem &p, const Slice &s, char *saved, char *scratch) {
   Arena kept_arena{saved}, scratch_arena{scratch};
-  const Kept<Code> kept(p, kept_arena);
-  BackwardScratch work(p, scratch_arena);
-  const auto [most_rows, width, gates, x_stride, h_stride] = Sizes(p);
+  const Kept<Code> kept(p, s.rows, kept_arena);
+  BackwardScratch work(p, s.rows, scratch_arena);
+  const auto [width, gates, x_stride, h_stride] = Sizes(p);
   const int64_t hidden = p.hidden, rows = s.rows;
   const Cell cell = cell_of(p, s.block);
   const auto back_loop = loops().of<Code>().back;
@@ -570,7 +604,7 @@ template <class Code> void backward_task(const Problem &p, const Slice &s, char 
       float *d1 = work.d1 + (step - first) * rows * gates, *d2 = work.d2 + (step - first) * rows * gates;
       const int64_t now = step * rows, next = now + rows;
       back_loop(kept.code + now * gates, kept.gate_flags + now * gates, rows, width, cell, kept.c + now * width,
-                kept.c + next * width, kept.cell_flags + now * width, work.dh, work.dc, work.dc_old, d1, d2, work.rows,
+                kept.c + next * width, kept.cell_flags + now * width, work.dh, work.dc, work.dc_old, d1, d2, work.values,
                 work.sums);
       std::swap(work.dc, work.dc_old);
       if (step > 0)  // h as crossbar input never leaves its range, so the gradient passes both quantisers
@@ -589,12 +623,13 @@ template <class Code> void backward_task(const Problem &p, const Slice &s, char 
 }
 
 // Adds the slices of a block in their order.
-void gather(const Problem &p, int64_t block, char *scratch, int64_t scratch_size) {
+void gather(const Problem &p, int64_t block, char *scratch, const std::vector<int64_t> &places) {
   const Sizes size(p);
   const int64_t gates = 4 * p.hidden;
-  for (int64_t part = 0; part < p.slices; part++) {
-    Arena arena{scratch + (block * p.slices + part) * scratch_size};
-    const BackwardScratch work(p, arena);
+  for (int64_t part = 0; part < slices_of(p, block); part++) {
+    const int64_t task = block * p.slices + part;
+    Arena arena{scratch + places[task]};
+    const BackwardScratch work(p, slice_of(p, task).rows, arena);
     auto put = [&](float *to, const float *from, int64_t rows) {
       for (int64_t i = 0; i < 4 * rows; i++, to += p.hidden, from += size.width) {
         if (part == 0)
@@ -614,35 +649,38 @@ void gather(const Problem &p, int64_t block, char *scratch, int64_t scratch_size
   }
 }
 
-template <class Code> void forward(const Problem &p) {
-  const int64_t kept = size_of<Kept<Code>>(p), work = size_of<ForwardScratch>(p);
-  at::parallel_for(0, p.blocks * p.slices, 1, [&](int64_t begin, int64_t end) {
+// Threads take the tasks from one queue, so that a thread whose core is busy elsewhere takes fewer of them.
+template <class Run> void run_tasks(const Problem &p, Run run) {
+  const int64_t tasks = tasks_of(p);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     const SingleThreadedProducts guard;
-    for (int64_t task = begin; task < end; task++) {
-      const Slice s = slice_of(p, task);
-      const bool bad = forward_task<Code>(p, s, static_cast<char *>(p.saved) + task * kept,
-                                          static_cast<char *>(p.scratch) + task * work);
-      if (bad)
-        std::fill_n(p.h + (s.block * p.batch + s.start) * p.hidden, s.rows * p.hidden,
-                    std::numeric_limits<float>::quiet_NaN());
-    }
+    for (int64_t task; (task = next++) < tasks;) run(task, slice_of(p, task));
+  });
+}
+
+template <class Code> void forward(const Problem &p) {
+  const auto kept = places_of<Kept<Code>>(p), work = places_of<ForwardScratch>(p);
+  run_tasks(p, [&](int64_t task, const Slice &s) {
+    const bool bad = forward_task<Code>(p, s, static_cast<char *>(p.saved) + kept[task],
+                                        static_cast<char *>(p.scratch) + work[task]);
+    if (bad)
+      std::fill_n(p.h + (s.block * p.batch + s.start) * p.hidden, s.rows * p.hidden,
+                  std::numeric_limits<float>::quiet_NaN());
   });
 }
 
 template <class Code> void backward(const Problem &p) {
-  const int64_t kept = size_of<Kept<Code>>(p), work = size_of<BackwardScratch>(p);
-  at::parallel_for(0, p.blocks * p.slices, 1, [&](int64_t begin, int64_t end) {
-    const SingleThreadedProducts guard;
-    for (int64_t task = begin; task < end; task++)
-      backward_task<Code>(p, slice_of(p, task), static_cast<char *>(p.saved) + task * kept,
-                          static_cast<char *>(p.scratch) + task * work);
+  const auto kept = places_of<Kept<Code>>(p), work = places_of<BackwardScratch>(p);
+  run_tasks(p, [&](int64_t task, const Slice &s) {
+    backward_task<Code>(p, s, static_cast<char *>(p.saved) + kept[task], static_cast<char *>(p.scratch) + work[task]);
   });
   at::parallel_for(0, p.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) gather(p, block, static_cast<char *>(p.scratch), work);
   });
 }
 
-template <class Code> int64_t saved_bytes(const Problem &p) { return p.blocks * p.slices * size_of<Kept<Code>>(p); }
+template <class Code> int64_t saved_bytes(const Problem &p) { return places_of<Kept<Code>>(p).back(); }
 
 }  // namespace
 
@@ -654,7 +692,7 @@ extern "C" {
 int64_t kestrel_saved_bytes(const Problem *p) { return DISPATCH(saved_bytes); }
 
 int64_t kestrel_scratch_bytes(const Problem *p) {
-  return p->blocks * p->slices * std::max(size_of<ForwardScratch>(*p), size_of<BackwardScratch>(*p));
+  return std::max(places_of<ForwardScratch>(*p).back(), places_of<BackwardScratch>(*p).back());
 }
 
 void kestrel_forward(const Problem *p) { DISPATCH(forward); }
