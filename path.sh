@@ -7,7 +7,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=${PYTHONDONTWRITEBYTECODE:-}
 # Threads that wait for others hand their core back soon (libgomp's own value where threads outnumber cores): its long spin
 # makes training several times slower as soon as another program takes a part of a core.
-[ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
+[ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:=1000}"
 constraints=conf/constraints.txt
 torch_cpu_index=https://download.pytorch.org/whl/cpu
 
