@@ -1,4 +1,4 @@
-"""Augmentation of training clips: time shift, background noise, and silence clips drawn anew from noise.
+"""Augmentation of training clips: of sound (time shift, noise, silence drawn anew) and of features (shift, masks).
 
 Every draw is a number made from (seed, epoch, row, purpose) alone, so neither the order of the clips, nor the size of
 the batches, nor the number of loader processes can change what a clip becomes.
@@ -109,3 +109,45 @@ class Augmenter:
             return np.resize(np.roll(noise, -first), samples)
         first = int(start * (len(noise) - samples + 1))
         return noise[first : first + samples]
+
+
+class FeatureAugmenter:
+    """Augments batches of features as `spec` says: shift and masks (SpecAugment, Park et al. 2019).
+
+    Shift: by a whole number of frames, uniform in -shift_frames..shift_frames; the frame at the edge is repeated. Masks: each of
+    `time_masks` stretches of 0..`time_mask` frames, and of `band_masks` stretches of 0..`band_mask` bands, takes the mean of
+    its band over the clip. Widths and places are uniform.
+    """
+
+    def __init__(self, spec: AugmentSpec, seed: int) -> None:
+        self.spec, self.seed = spec, seed
+
+    def __call__(self, features: Tensor, rows: ArrayLike, epoch: int) -> Tensor:
+        """float [B, T, F] of features [B, T, F] and row numbers [B]; on the device of the features, which stay unchanged."""
+        numbers, spec, device = np.asarray(rows), self.spec, features.device
+        if features.dim() != 3 or len(features) != len(numbers):
+            raise ValueError(f"features {tuple(features.shape)} and rows {numbers.shape} do not fit together")
+
+        def whole(purpose: str, above: int | NDArray[np.int64]) -> Tensor:
+            """Whole numbers in 0..`above` - 1, int64 [B, 1]."""
+            drawn = uniform(self.seed, epoch, purpose, numbers) * above
+            return torch.from_numpy(drawn.astype(np.int64)).to(device).unsqueeze(1)
+
+        def inside(purpose: str, count: int, widest: int, size: int) -> Tensor:
+            """Which of `size` places are in one of `count` stretches, bool [B, size]."""
+            places = torch.arange(size, device=device)
+            found = torch.zeros(len(numbers), size, dtype=torch.bool, device=device)
+            for index in range(count):
+                width = whole(f"{purpose} width {index}", min(widest, size) + 1)
+                start = whole(f"{purpose} start {index}", (size + 1 - width[:, 0]).cpu().numpy())
+                found |= (places >= start) & (places < start + width)
+            return found
+
+        frames, bands = features.shape[1:]
+        if spec.shift_frames:
+            shift = whole("shift frames", 2 * spec.shift_frames + 1) - spec.shift_frames
+            source = (torch.arange(frames, device=device) - shift).clamp(0, frames - 1)  # [B, T]
+            features = torch.gather(features, 1, source[:, :, None].expand(-1, -1, bands))
+        masked = inside("frames", spec.time_masks, spec.time_mask, frames)[:, :, None]
+        masked = masked | inside("bands", spec.band_masks, spec.band_mask, bands)[:, None, :]
+        return torch.where(masked, features.mean(dim=1, keepdim=True), features)

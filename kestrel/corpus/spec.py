@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from kestrel.settings import setting
 
@@ -50,10 +50,23 @@ class ProtocolSpec:
 
 @dataclass
 class AugmentSpec:
-    """Augmentation of training clips (waveform), keyed by (seed, epoch, row)."""
+    """Augmentation of training clips, waveforms and features, keyed by (seed, epoch, row)."""
+
+    # Left out of what a stage depends on where they have their defaults, so that older runs stay up to date.
+    ADDED_LATER: ClassVar[tuple[str, ...]] = ("shift_frames", "time_masks", "time_mask", "band_masks", "band_mask")
 
     waveform: bool = setting(True, "augment waveforms during training; false trains on the stored features")
     time_shift_ms: float = setting(100.0, "largest time shift, in either direction", min=0, max=1000)
     noise_frequency: float = setting(0.8, "share of clips that get background noise", min=0, max=1)
     noise_volume: float = setting(0.1, "largest gain of background noise (uniform from 0)", min=0, max=10)
     silence_volume: float = setting(1.0, "largest gain of the noise windows that make silence clips", min=0, max=10)
+    shift_frames: int = setting(0, "largest shift of the features in frames, in either direction", min=0, max=1000)
+    time_masks: int = setting(0, "stretches of frames that are masked in the features (SpecAugment)", min=0, max=20)
+    time_mask: int = setting(10, "longest masked stretch in frames", min=0, max=1000)
+    band_masks: int = setting(0, "stretches of bands that are masked in the features (SpecAugment)", min=0, max=20)
+    band_mask: int = setting(4, "widest masked stretch in bands", min=0, max=1000)
+
+    @property
+    def features(self) -> bool:
+        """Whether features are augmented."""
+        return bool(self.shift_frames or self.time_masks or self.band_masks)

@@ -126,7 +126,7 @@ def identity(run: Run, file: FeatureFile, config_hash: str) -> dict[str, Any]:
 
 def training_split(run: Run) -> Split:
     """Training clips: packed audio, augmented anew in each epoch, or the stored features."""
-    from kestrel.corpus.augment import Augmenter
+    from kestrel.corpus.augment import Augmenter, FeatureAugmenter
     from kestrel.frontend.make import make_frontend
     from kestrel.store.hdf5 import AudioFile, read_noise
     from kestrel.train.data import Split
@@ -137,6 +137,7 @@ def training_split(run: Run) -> Split:
         "training": True,
         "seed": config.seed,
         "workers": config.train.workers,
+        "feature_augmenter": FeatureAugmenter(config.augment, config.seed) if config.augment.features else None,
     }
     if not config.augment.waveform:
         if config.feat_dir is not None:

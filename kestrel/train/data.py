@@ -17,7 +17,7 @@ from kestrel.errors import KestrelError
 from kestrel.train.signals import held_stop_signals, ignore_stop_signals
 
 if TYPE_CHECKING:
-    from kestrel.corpus.augment import Augmenter
+    from kestrel.corpus.augment import Augmenter, FeatureAugmenter
     from kestrel.frontend.make import AnyFrontend
 
 _FULL_SCALE = 32768.0  # int16 audio to -1..1
@@ -97,6 +97,7 @@ class Split:
         training: shuffle by a permutation keyed by (seed, epoch); else the order of the file.
         frontend: turns audio [B, S] in -1..1 into features [B, T, F]; it runs in this process, on the split's device.
         augmenter: augments the audio of training clips, keyed by (seed, epoch, row).
+        feature_augmenter: augments the features of training clips, keyed in the same way; it runs in this process.
         workers: loader processes that read (and augment); the batches are the same for any number.
 
     Raises KestrelError where the file has no clips or labels outside of its classes.
@@ -111,12 +112,16 @@ class Split:
         seed: int = 0,
         frontend: AnyFrontend | None = None,
         augmenter: Augmenter | None = None,
+        feature_augmenter: FeatureAugmenter | None = None,
         workers: int = 0,
     ) -> None:
         if augmenter is not None and (frontend is None or not training):
             raise ValueError("an augmenter works on training audio: give a front end and training=True")
+        if feature_augmenter is not None and not training:
+            raise ValueError("an augmenter works on training clips: give training=True")
         self.source, self.batch_size, self.training, self.seed = source, batch_size, training, seed
         self.frontend, self.augmenter, self.workers = frontend, augmenter, workers
+        self.feature_augmenter = feature_augmenter
         self.device = torch.device("cpu")
         self.labels = np.asarray(source.labels, dtype=np.int64)
         self.classes = list(source.classes)
@@ -174,7 +179,10 @@ class Split:
         for rows in shares:
             labels = torch.from_numpy(self.labels[rows]).to(self.device)
             if len(rows):
-                yield Batch(self._features(next(clips)), labels, rows)
+                features = self._features(next(clips))
+                if self.feature_augmenter is not None:
+                    features = self.feature_augmenter(features, rows, epoch)
+                yield Batch(features, labels, rows)
             else:
                 yield Batch(torch.zeros(0, *self.shape, device=self.device), labels, rows)
 

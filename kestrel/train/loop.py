@@ -134,7 +134,7 @@ class _Training:
         self.device = ranks.device
         self.spotter = spotter.to(self.device)
         self.split, self.validation = train.to(self.device), validation.to(self.device)
-        self.per_epoch = train.batches_per_epoch
+        self.per_epoch = spotter.net.updates_per_epoch = train.batches_per_epoch
         self.total = phase_steps(job.phase, self.per_epoch, job.section)
         self.rate = schedule(job.phase, self.total, job.section)
         self.parameters: list[Tensor] = [parameter for parameter in spotter.parameters() if parameter.requires_grad]

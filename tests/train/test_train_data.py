@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from train_kit import CLASSES, FRAMES, WIDTH, write_audio, write_features
 
+from kestrel.corpus.augment import FeatureAugmenter
+from kestrel.corpus.spec import AugmentSpec
 from kestrel.errors import KestrelError
 from kestrel.store.hdf5 import AudioFile, FeatureFile
 from kestrel.train.data import Split, keyed_permutation
@@ -203,3 +205,21 @@ def test_python_ends_although_batches_are_left(features: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], timeout=30, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_features_of_training_clips_are_augmented_by_row(features: Path) -> None:
+    file = FeatureFile(features)
+    augment = FeatureAugmenter(AugmentSpec(shift_frames=2, time_masks=1), seed=4)
+    batches = Split(file, batch_size=7, training=True, seed=4).batches(1)
+    plain = {int(row): x for batch in batches for row, x in zip(batch.rows, batch.features, strict=True)}
+    split = Split(file, batch_size=5, training=True, seed=4, feature_augmenter=augment)
+    changed = 0
+    for batch in split.batches(1):
+        for row, found in zip(batch.rows, batch.features, strict=True):
+            expected = augment(plain[int(row)][None], [int(row)], 1)[0]
+            assert torch.equal(found, expected)
+            changed += not torch.equal(found, plain[int(row)])
+    assert changed > 0
+    assert all(torch.equal(x, plain[i]) for i, x in enumerate(torch.cat(list(split.ordered()))))  # statistics stay
+    with pytest.raises(ValueError, match="training"):
+        Split(file, batch_size=5, feature_augmenter=augment)
