@@ -21,14 +21,16 @@ typedef struct {
     uint8_t multiplier_step;     /* 0: one multiplier for all channels, 1: one each */
     uint8_t offset_step;
     uint8_t shift;               /* 0..62 */
-    uint8_t narrow;              /* x * m + o + 2^shift was proven to fit int32 (1) or 53 bits (2) */
+    uint8_t narrow;              /* x * m + o + 2^shift was proven to fit int32 (1), or 53 bits and y int32 (2) */
     int32_t low, high;
 } kestrel_rescale;
 
 #ifdef KESTREL_SIMD
-/* Computers only: what a vector kernel makes of an op's weights when it runs first. Microcontrollers never see it. */
+/* Computers only: what a vector kernel makes of an op's weights when it runs first. Microcontrollers never see it.
+ * It lies in static memory, as do all tensors of a model, so one inference of a model runs at a time: a program whose threads
+ * share a model lets them take turns, also for the first inference. Different models may run in different threads. */
 typedef struct {
-    int32_t ready;
+    uint8_t ready, bytes;  /* made; of bytes, not words */
     int8_t *weights;  /* in the order of the instruction set */
     int32_t *start;   /* first value of each sum */
     double *factor, *offset;  /* rescaling of each sum, where double holds it exactly */
@@ -39,11 +41,13 @@ typedef struct {
     static int8_t name##_weights[weight_bytes] KESTREL_ALIGNED, name##_rows[row_bytes] KESTREL_ALIGNED;             \
     static int32_t name##_start[sums] KESTREL_ALIGNED;                                                              \
     static double name##_factor[sums] KESTREL_ALIGNED, name##_offset[sums] KESTREL_ALIGNED;                         \
-    static kestrel_prepared name = {0, name##_weights, name##_start, name##_factor, name##_offset, name##_rows};
+    static kestrel_prepared name = {0, 0, name##_weights, name##_start, name##_factor, name##_offset, name##_rows};
 #define KESTREL_USE(name) .prepared = &name,
+#define KESTREL_POSITIVE .positive = 1,
 #else
 #define KESTREL_PREPARED(name, weight_bytes, sums, row_bytes)
 #define KESTREL_USE(name)
+#define KESTREL_POSITIVE
 #endif
 
 /* How a row of weights is stored. Every row starts at a byte; fields lie least significant bit first. */
@@ -91,7 +95,7 @@ typedef struct {
     int32_t inputs, size;
     int32_t low, high;
     uint8_t shift, y_bits;
-    uint8_t narrow;              /* 1: any sum + 2^shift was proven to fit int32 */
+    uint8_t narrow;              /* any sum + 2^shift was proven to fit int32 (1), or 53 bits and y int32 (2) */
 } kestrel_add_op;
 
 /* y = clamp(round((sum of x_i m_i) / 2^shift)). y may be any x_i of the same bits or more. */
@@ -147,6 +151,7 @@ typedef struct {
     uint8_t unpack_rows;      /* 1 or 4: rows of weights that `scratch` holds (direct weights need none) */
     uint8_t x_bits, y_bits;
 #ifdef KESTREL_SIMD
+    uint8_t positive;         /* no code of x is below 0 */
     kestrel_prepared *prepared;
 #endif
 } kestrel_matmul_op;
@@ -172,6 +177,7 @@ typedef struct {
     uint8_t unpack_rows;
     uint8_t x_bits, y_bits;
 #ifdef KESTREL_SIMD
+    uint8_t positive;
     kestrel_prepared *prepared;
 #endif
 } kestrel_conv_op;

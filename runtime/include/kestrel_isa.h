@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Computers only (KESTREL_SIMD): kestrel_ops.c is compiled once for each instruction set, at a level and with names of its
- * own, and kestrel_isa.c chooses a table of kernels when the program starts. Included in front of kestrel.h.
+ * Computers only (KESTREL_SIMD): every instruction set has a table of kernels with names of their own, and kestrel_isa.c
+ * chooses a table when the first kernel is called. Included in front of kestrel.h.
  */
 #ifndef KESTREL_ISA_H
 #define KESTREL_ISA_H
@@ -12,7 +12,7 @@
 #define KESTREL_NEON
 #endif
 
-#ifdef KESTREL_LEVEL /* a file of kernels */
+#ifdef KESTREL_ISA /* a file of kernels */
 #define KESTREL_JOIN(a, b) a##_##b
 #define KESTREL_JOINED(a, b) KESTREL_JOIN(a, b)
 #define KESTREL_NAMED(name) KESTREL_JOINED(name, KESTREL_ISA)
@@ -21,15 +21,15 @@
 #define kestrel_add KESTREL_NAMED(kestrel_add)
 #define kestrel_multiply KESTREL_NAMED(kestrel_multiply)
 #define kestrel_interpolate KESTREL_NAMED(kestrel_interpolate)
-#define kestrel_delta KESTREL_NAMED(kestrel_delta)
 #define kestrel_matmul KESTREL_NAMED(kestrel_matmul)
 #define kestrel_conv KESTREL_NAMED(kestrel_conv)
 #define kestrel_depthwise KESTREL_NAMED(kestrel_depthwise)
-#define kestrel_max_pool KESTREL_NAMED(kestrel_max_pool)
-#define kestrel_sum_pool KESTREL_NAMED(kestrel_sum_pool)
-/* These move values, or look them up, and have no vector form. */
+/* These take little time, or move values, and have no vector form. */
 #define kestrel_lookup kestrel_lookup_portable
+#define kestrel_delta kestrel_delta_portable
 #define kestrel_accumulate kestrel_accumulate_portable
+#define kestrel_max_pool kestrel_max_pool_portable
+#define kestrel_sum_pool kestrel_sum_pool_portable
 #define kestrel_copy kestrel_copy_portable
 #define kestrel_upsample kestrel_upsample_portable
 #define kestrel_transpose kestrel_transpose_portable
@@ -62,6 +62,11 @@ typedef struct {
     KESTREL_KERNELS(KESTREL_MEMBER)
 } kestrel_kernels;
 
+#ifdef KESTREL_ISA
+#define KESTREL_ENTRY(name, parameters, arguments) kestrel_##name,
+#define KESTREL_TABLE const kestrel_kernels KESTREL_NAMED(kestrel_kernels) = {KESTREL_KERNELS(KESTREL_ENTRY)};
+#endif
+
 extern const kestrel_kernels kestrel_kernels_portable;
 #ifdef KESTREL_X86
 extern const kestrel_kernels kestrel_kernels_avx2, kestrel_kernels_avx512;
@@ -69,5 +74,10 @@ extern const kestrel_kernels kestrel_kernels_avx2, kestrel_kernels_avx512;
 #ifdef KESTREL_NEON
 extern const kestrel_kernels kestrel_kernels_neon;
 #endif
+
+/* Of the portable kernels, for the others: elements first .. first + count - 1 of a row of weights, unpacked into scratch
+ * where they are packed (`first` a multiple of KESTREL_DEPTHWISE_TILE); rescaling of values from `channel` on. */
+const void *kestrel_weight_row(const kestrel_weights *w, int32_t row, int32_t first, int32_t count, void *scratch);
+void kestrel_rescale_values(const kestrel_rescale *rescale, int32_t channel, int32_t *values, int32_t count);
 
 #endif

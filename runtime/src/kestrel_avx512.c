@@ -12,7 +12,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 #endif
-#include "kestrel_ops.c"
+#include "kestrel_fast.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -23,7 +23,7 @@ static const kestrel_kernels *choose(void) {
         __builtin_cpu_supports("avx512vnni")) {
         return &kestrel_kernels_avx512;
     }
-    if (__builtin_cpu_supports("avx2")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         return &kestrel_kernels_avx2;
     }
 #endif
@@ -34,15 +34,23 @@ static const kestrel_kernels *choose(void) {
 #endif
 }
 
-static const kestrel_kernels *chosen;
+/* Models of several threads may choose at the same time; all of them choose the same table. */
+static const kestrel_kernels *kernels(void) {
+    static const kestrel_kernels *chosen;
+#ifdef __GNUC__
+    const kestrel_kernels *found = __atomic_load_n(&chosen, __ATOMIC_RELAXED);
+    if (found == NULL) {
+        found = choose();
+        __atomic_store_n(&chosen, found, __ATOMIC_RELAXED);
+    }
+    return found;
+#else
+    return chosen == NULL ? chosen = choose() : chosen;
+#endif
+}
 
 #define DISPATCH(name, parameters, arguments)                                                                       \
-    void kestrel_##name parameters {                                                                                \
-        if (chosen == NULL) {                                                                                       \
-            chosen = choose();                                                                                      \
-        }                                                                                                           \
-        chosen->name arguments;                                                                                     \
-    }
+    void kestrel_##name parameters { kernels()->name arguments; }
 
 KESTREL_KERNELS(DISPATCH)
 #endif

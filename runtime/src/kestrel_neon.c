@@ -7,5 +7,5 @@
 #include "kestrel_isa.h"
 
 #if defined KESTREL_SIMD && defined KESTREL_NEON
-#include "kestrel_ops.c"
+#include "kestrel_fast.h"
 #endif

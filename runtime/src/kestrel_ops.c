@@ -4,46 +4,20 @@
  * narrowed on the way out by loops that vectorise, so one kernel serves all combinations of 8, 16 and 32 bits.
  */
 #ifdef KESTREL_SIMD
-#ifndef KESTREL_LEVEL
-#define KESTREL_LEVEL 0
 #define KESTREL_ISA portable
-#endif
 #include "kestrel_isa.h"
 #endif
 #include "kestrel.h"
-
-#include <stddef.h>
-#include <string.h>
-
-#if defined KESTREL_SIMD && KESTREL_LEVEL > 0
-#define KESTREL_VECTORS
-#include "kestrel_vector.h"
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static
-#endif
+#include "kestrel_inner.h"
 
 /* Shifts of negative numbers have to be arithmetic, as on every compiler that is in use. */
 typedef char kestrel_needs_arithmetic_shift[((int64_t)-3 >> 1) == -2 ? 1 : -1];
 
 enum { TILE = 64 };
 
-static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
-
 static int32_t clamp(int32_t x, int32_t low, int32_t high) {
     x = x < low ? low : x;
     return x > high ? high : x;
-}
-
-/* x / 2^shift, rounded down. */
-INLINE int64_t shifted(int64_t x, int shift) {
-#if defined KESTREL_VECTORS && KESTREL_LEVEL == 1
-    /* AVX2 has no arithmetic shift of 64 bits: a logical one of x + 2^63. */
-    const uint64_t half = (uint64_t)1 << 63;
-    return (int64_t)((((uint64_t)x ^ half) >> shift) - (half >> shift));
-#else
-    return x >> shift;
-#endif
 }
 
 static int32_t clamp64(int64_t x, int32_t low, int32_t high) {
@@ -51,23 +25,8 @@ static int32_t clamp64(int64_t x, int32_t low, int32_t high) {
     return (int32_t)(x > high ? high : x);
 }
 
-INLINE void copy32(void *to, const void *from, int32_t count) {
-#ifdef KESTREL_VECTORS
-    /* Compilers expand memcpy of few bytes to string instructions, which are slow to start. */
-    int32_t i;
-    for (i = 0; i + LANES <= count; i += LANES) {
-        vector_store((int32_t *)to + i, vector_load((const int32_t *)from + i));
-    }
-    for (; i < count; i++) {
-        ((int32_t *)to)[i] = ((const int32_t *)from)[i];
-    }
-#else
-    memcpy(to, from, (size_t)count * sizeof(int32_t));
-#endif
-}
-
 /* Elements `at`, at + 1, ... of an array, widened. */
-INLINE void load(int32_t *restrict tile, const void *x, int bits, int32_t at, int32_t count) {
+static void load(int32_t *restrict tile, const void *x, int bits, int32_t at, int32_t count) {
     int32_t i;
     if (bits == 8) {
         const int8_t *restrict from = (const int8_t *)x + at;
@@ -80,12 +39,12 @@ INLINE void load(int32_t *restrict tile, const void *x, int bits, int32_t at, in
             tile[i] = from[i];
         }
     } else {
-        copy32(tile, (const int32_t *)x + at, count);
+        memcpy(tile, (const int32_t *)x + at, (size_t)count * sizeof(int32_t));
     }
 }
 
 /* The inverse; values were proven to fit. */
-INLINE void store(void *y, int bits, int32_t at, const int32_t *restrict tile, int32_t count) {
+static void store(void *y, int bits, int32_t at, const int32_t *restrict tile, int32_t count) {
     int32_t i;
     if (bits == 8) {
         int8_t *restrict to = (int8_t *)y + at;
@@ -98,11 +57,9 @@ INLINE void store(void *y, int bits, int32_t at, const int32_t *restrict tile, i
             to[i] = (int16_t)tile[i];
         }
     } else {
-        copy32((int32_t *)y + at, tile, count);
+        memcpy((int32_t *)y + at, tile, (size_t)count * sizeof(int32_t));
     }
 }
-
-static const void *element(const void *x, int bits, int32_t at) { return (const uint8_t *)x + (ptrdiff_t)at * (bits / 8); }
 
 /* The loop of rescale_tile. Called with constant steps, so that each combination becomes a loop of its own. */
 static inline void rescale_each(int32_t *restrict tile, const int32_t *restrict m, int m_step, const int32_t *restrict o,
@@ -112,26 +69,9 @@ static inline void rescale_each(int32_t *restrict tile, const int32_t *restrict 
     int32_t i;
     for (i = 0; i < count; i++) {
         const int64_t x = (int64_t)tile[i] * m[i * m_step] + o[i * o_step];
-        tile[i] = clamp64(shifted(x + half + (shifted(x, shift) & odd), shift), low, high);
+        tile[i] = clamp64((x + half + ((x >> shift) & odd)) >> shift, low, high);
     }
 }
-
-#ifdef KESTREL_DOUBLES
-/* The same in double, which holds every x * m + o exactly; as many elements as fill vectors, returned. */
-static inline int32_t rescale_doubles(int32_t *tile, const int32_t *m, int m_step, const int32_t *o, int o_step, int shift,
-                                      int32_t low, int32_t high, int32_t count) {
-    const doubles unit = doubles_splat(1.0 / (double)((int64_t)1 << shift));
-    const doubles least = doubles_splat(low), most = doubles_splat(high);
-    const doubles factor = doubles_times(doubles_splat(m[0]), unit), offset = doubles_times(doubles_splat(o[0]), unit);
-    int32_t i;
-    for (i = 0; i + DOUBLES <= count; i += DOUBLES) {
-        doubles x = doubles_times(doubles_of(tile + i), m_step ? doubles_times(doubles_of(m + i), unit) : factor);
-        x = doubles_add(x, o_step ? doubles_times(doubles_of(o + i), unit) : offset);
-        store_rounded(tile + i, x, least, most);
-    }
-    return i;
-}
-#endif
 
 /* Rescales a tile whose first element belongs to `channel`. */
 static void rescale_tile(const kestrel_rescale *r, int32_t channel, int32_t *tile, int32_t count) {
@@ -152,15 +92,6 @@ static void rescale_tile(const kestrel_rescale *r, int32_t channel, int32_t *til
         }
         return;
     }
-#ifdef KESTREL_DOUBLES
-    if (r->narrow) {
-        const int32_t done = rescale_doubles(tile, m, r->multiplier_step, o, own_o, shift, low, high, count);
-        tile += done;
-        count -= done;
-        m += r->multiplier_step ? done : 0;
-        o += own_o ? done : 0;
-    }
-#endif
     if (r->multiplier_step && own_o) {
         rescale_each(tile, m, 1, o, 1, shift, low, high, count);
     } else if (r->multiplier_step) {
@@ -186,50 +117,12 @@ void kestrel_requantise(const kestrel_requantise_op *op, void *y, const void *x)
     }
 }
 
-#ifdef KESTREL_VECTORS
-/* Sums that fit int32. */
-static void add_narrow(const kestrel_add_op *op, void *y, const void *const *x) {
-    const int shift = op->shift;
-    const int32_t half = shift ? ((int32_t)1 << (shift - 1)) - 1 : 0, odd = shift ? 1 : 0, low = op->low, high = op->high;
-    int32_t sum[TILE], tile[TILE], at, count, input, i;
-    for (at = 0; at < op->size; at += count) {
-        count = smaller(TILE, op->size - at);
-        load(sum, x[0], op->x_bits[0], at, count);
-        if (op->multipliers[0] != 1) {
-            for (i = 0; i < count; i++) {
-                sum[i] *= op->multipliers[0];
-            }
-        }
-        for (input = 1; input < op->inputs; input++) {
-            const int32_t m = op->multipliers[input];
-            load(tile, x[input], op->x_bits[input], at, count);
-            for (i = 0; i < count; i++) {
-                sum[i] += tile[i] * m;
-            }
-        }
-        for (i = 0; i < count && shift; i++) {
-            sum[i] = (sum[i] + half + ((sum[i] >> shift) & odd)) >> shift;
-        }
-        for (i = 0; i < count; i++) {
-            sum[i] = clamp(sum[i], low, high);
-        }
-        store(y, op->y_bits, at, sum, count);
-    }
-}
-#endif
-
 void kestrel_add(const kestrel_add_op *op, void *y, const void *const *x) {
     const int shift = op->shift;
     const int64_t half = shift ? ((int64_t)1 << (shift - 1)) - 1 : 0, odd = shift ? 1 : 0;
     const int32_t low = op->low, high = op->high;
     int64_t sum[TILE];
     int32_t tile[TILE], at, count, input, i;
-#ifdef KESTREL_VECTORS
-    if (op->narrow) {
-        add_narrow(op, y, x);
-        return;
-    }
-#endif
     for (at = 0; at < op->size; at += count) {
         count = smaller(TILE, op->size - at);
         load(tile, x[0], op->x_bits[0], at, count);
@@ -244,7 +137,7 @@ void kestrel_add(const kestrel_add_op *op, void *y, const void *const *x) {
             }
         }
         for (i = 0; i < count; i++) {
-            tile[i] = clamp64(shifted(sum[i] + half + (shifted(sum[i], shift) & odd), shift), low, high);
+            tile[i] = clamp64((sum[i] + half + ((sum[i] >> shift) & odd)) >> shift, low, high);
         }
         store(y, op->y_bits, at, tile, count);
     }
@@ -296,7 +189,6 @@ void kestrel_multiply(const kestrel_multiply_op *op, void *y, const void *a, con
     } while (next_position(index, op->shape, op->rank));
 }
 
-#ifndef KESTREL_VECTORS
 void kestrel_lookup(const kestrel_lookup_op *op, void *y, const void *x) {
     int32_t tile[TILE], at, count, i;
     for (at = 0; at < op->size; at += count) {
@@ -323,7 +215,6 @@ void kestrel_lookup(const kestrel_lookup_op *op, void *y, const void *x) {
         }
     }
 }
-#endif
 
 /* start[i], rise[i] = node i, and how much higher the next one is, for the nodes rise[i]. */
 #define NODES(NAME, N)                                                                                              \
@@ -340,42 +231,13 @@ NODES(nodes_8, int8_t)
 NODES(nodes_16, int16_t)
 NODES(nodes_32, int32_t)
 
-#ifdef KESTREL_DOUBLES
-/* int16 all along; as many elements as fill vectors, returned. */
-static int32_t interpolate_words(const kestrel_interpolate_op *op, int16_t *y, const int16_t *x) {
-    const int shift = op->step_bits;
-    const vector one = vector_splat(shift ? 1 : 0), half = vector_splat(shift ? ((int32_t)1 << (shift - 1)) - 1 : 0);
-    const vector mask = vector_splat(((int32_t)1 << shift) - 1), first = vector_splat(op->first);
-    const vector low = vector_splat(op->low), high = vector_splat(op->high);
-    int32_t at = 0;
-    while (at + LANES <= op->size) {
-        const vector place = vector_sub(widen16(x + at), first); /* at most 2^16, as both have 16 bits */
-        const vector pair = gather_pairs(op->nodes, vector_down(place, shift));
-        const vector start = vector_down(vector_up(pair, 16), 16);
-        const vector up = vector_times(vector_sub(vector_down(pair, 16), start), vector_and(place, mask));
-        const vector rounding = vector_add(half, vector_and(vector_down(up, shift), one));
-        narrow16(y + at, vector_clamp(vector_add(start, vector_down(vector_add(up, rounding), shift)), low, high));
-        at += LANES;
-        if (at < op->size && at + LANES > op->size && y != x) {
-            at = op->size - LANES; /* the last vector takes some elements once more */
-        }
-    }
-    return at;
-}
-#endif
-
 void kestrel_interpolate(const kestrel_interpolate_op *op, void *y, const void *x) {
     const int shift = op->step_bits;
     const int32_t mask = ((int32_t)1 << shift) - 1, half = shift ? ((int32_t)1 << (shift - 1)) - 1 : 0, odd = shift ? 1 : 0;
     const int32_t low = op->low, high = op->high;
     const uint32_t origin = (uint32_t)op->first;
-    int32_t tile[TILE], rise[TILE], fraction[TILE], at = 0, count, i;
-#ifdef KESTREL_DOUBLES
-    if (op->node_bits == 16 && op->x_bits == 16 && op->y_bits == 16) {
-        at = interpolate_words(op, y, x);
-    }
-#endif
-    for (; at < op->size; at += count) {
+    int32_t tile[TILE], rise[TILE], fraction[TILE], at, count, i;
+    for (at = 0; at < op->size; at += count) {
         count = smaller(TILE, op->size - at);
         load(tile, x, op->x_bits, at, count);
         for (i = 0; i < count; i++) {
@@ -516,7 +378,6 @@ static const void *weight_row(const kestrel_weights *w, int32_t row, int32_t fir
 
 /* ------------------------------------------------------------------------------------------------------ products */
 
-#ifndef KESTREL_VECTORS
 /* sums[k] += sum of x[i] w[k * stride + i], for one row of weights or for four that share the loads of x. */
 typedef void product(int32_t *restrict sums, const void *x, const void *w, int32_t stride, int32_t count);
 
@@ -605,19 +466,7 @@ static const void *weight_rows(const kestrel_weights *w, int32_t first, int32_t 
     }
     return scratch;
 }
-#endif
 
-/* The part first .. last - 1 of a kernel of `size` at `start` that lies inside 0 .. length - 1. */
-static void inside(int32_t start, int32_t size, int32_t length, int32_t *first, int32_t *last) {
-    *first = start < 0 ? -start : 0;
-    *last = smaller(size, length - start);
-}
-
-#ifdef KESTREL_VECTORS
-#include "kestrel_fast.h"
-#endif
-
-#ifndef KESTREL_VECTORS
 static int32_t block_of(int32_t left, int unpack_rows) { return left >= 4 && unpack_rows == 4 ? 4 : 1; }
 
 void kestrel_matmul(const kestrel_matmul_op *op, void *y, const void *x, void *scratch) {
@@ -784,7 +633,6 @@ void kestrel_depthwise(const kestrel_depthwise_op *op, void *y, const void *x, v
         }
     }
 }
-#endif
 
 /* ------------------------------------------------------------------------------------------------------- pooling */
 
@@ -817,7 +665,6 @@ void kestrel_max_pool(const kestrel_pool_op *op, void *y, const void *x) { pool(
 
 void kestrel_sum_pool(const kestrel_pool_op *op, void *y, const void *x) { pool(op, y, x, 1); }
 
-#ifndef KESTREL_VECTORS
 /* ---------------------------------------------------------------------------------------------- moving of values */
 
 void kestrel_copy(const kestrel_copy_op *op, void *y, const void *x) {
@@ -875,10 +722,15 @@ int32_t kestrel_argmax(const void *x, int bits, int32_t size) {
     }
     return found;
 }
-#endif
 
 #ifdef KESTREL_SIMD
-#define TABLE_ENTRY(name, parameters, arguments) kestrel_##name,
-#define TABLE_OF(isa) KESTREL_JOINED(kestrel_kernels, isa)
-const kestrel_kernels TABLE_OF(KESTREL_ISA) = {KESTREL_KERNELS(TABLE_ENTRY)};
+const void *kestrel_weight_row(const kestrel_weights *w, int32_t row, int32_t first, int32_t count, void *scratch) {
+    return weight_row(w, row, first, count, scratch);
+}
+
+void kestrel_rescale_values(const kestrel_rescale *rescale, int32_t channel, int32_t *values, int32_t count) {
+    rescale_tile(rescale, channel, values, count);
+}
+
+KESTREL_TABLE
 #endif

@@ -298,7 +298,17 @@ def wide_graph(seed: int) -> IntegerGraph:
         bias = constant(rng, (outputs,), "int16") if maker.pick(0, 1) else None
         rescale = scaling(rng, 10**6, outputs, [8, 16][maker.pick(0, 1)])
         maker.add(ops.MatMul, x, weight=weight, bias=bias, rescale=rescale)
-    for channels, bits in [(15, 8), (16, 8), (17, 16), (31, 8), (32, 16), (33, 8), (72, 8), (72, 16)]:
+    for low in (-128, 0):  # all of int8, ends included, and the half that is not negative
+        for outputs, width, rows in [(257, 118, 1), (33, 7, 2), (70, 20, 9), (16, 6, 4)]:
+            start = maker.pick(0, maker.size - rows * width)
+            cut = maker.add(ops.Slice, maker.features, start=start, stop=start + rows * width)
+            shaped = maker.graph.add(ops.Reshape(inputs=(cut,), outputs=(maker.name("rows"),), shape=(1, rows, width)))
+            x = maker.add(ops.Requantise, shaped, rescale=Rescale.of(1 / 170, (low, 127)))
+            rescale = scaling(rng, 10**6, outputs, [8, 16][maker.pick(0, 1)])
+            maker.add(ops.MatMul, x, weight=constant(rng, (outputs, width), "int8"), rescale=rescale)
+            weight = constant(rng, (outputs, 1, 1, width), "int8")
+            maker.add(ops.Conv2d, x, weight=weight, window=Window((1, 1)), rescale=rescale)
+    for channels, bits in [(15, 8), (16, 8), (17, 16), (31, 8), (32, 16), (33, 8), (72, 8), (72, 16), (64, 8)]:
         shape = (4, 5, channels)
         x = maker.source(shape, bits)
         window = Window((3, 2), (1, 2), (1, 0), (0, 1))
@@ -318,6 +328,15 @@ def wide_graph(seed: int) -> IntegerGraph:
         pair = tuple(int(m) for m in rng.integers(-9, 10, 2))
         other = maker.source((size,), [8, 16][maker.pick(0, 1)])
         maker.add(ops.AddRequantise, x, other, multipliers=pair, shift=maker.pick(0, 4), low=-20000, high=20000)
+        fine = tuple(int(m) for m in rng.integers(-(1 << 30), 1 << 30, 2))  # sums of 53 bits
+        maker.add(ops.AddRequantise, x, other, multipliers=fine, shift=30, low=-20000, high=20000)
+        words = maker.source((size,), 16)
+        maker.add(ops.AddRequantise, x, words, multipliers=(1, 1), shift=0, low=-(1 << 15), high=(1 << 15) - 1)
+        product = scaling(rng, 10**9, 1, [8, 16][maker.pick(0, 1)])
+        maker.add(
+            ops.Multiply, x, words, rescale=Rescale((product.multipliers[0],), product.shift, product.low, product.high)
+        )
+        maker.add(ops.Multiply, x, words)
     return maker.finish()
 
 
