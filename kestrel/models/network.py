@@ -31,6 +31,7 @@ class Network(nn.Module):
     """A keyword-spotting network: features [B, T, F] -> logits [B, C]."""
 
     phase: Phase = "pretrain"
+    updates_per_epoch: int | None = None  # set by the training loop
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, F] -> [B, C]."""
