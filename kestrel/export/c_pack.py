@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kestrel.lower.memory import DIRECT
+from kestrel.lower.tensor import field_bits, sparse_row_bytes
 from kestrel.quant.packing import pack
 
 KINDS = {"int4": "KESTREL_INT4", "int2": "KESTREL_INT2", "ternary": "KESTREL_TERNARY", "binary": "KESTREL_BINARY"}
@@ -21,6 +22,7 @@ class Packed:
     kind: str
     bits: int
     field_bits: int
+    bitmap_bytes: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -34,8 +36,10 @@ def pack_rows(values: np.ndarray, storage: str) -> Packed:
         return Packed(values.astype(f"int{bits}"), "KESTREL_DIRECT", bits, 0)
     if storage == "ternary":
         return Packed(_ternary(values), KINDS[storage], 8, 0)
+    if storage.startswith("sparse"):
+        return _sparse(values, field_bits(storage))
     odd = storage.startswith("odd")
-    bits = 1 if storage == "binary" else int(storage[3:])
+    bits = 1 if storage == "binary" else field_bits(storage)
     fields = (values - 1) // 2 if odd else values
     rows = [np.frombuffer(pack(row, bits), np.uint8) for row in fields]
     array = np.stack(rows) if rows else np.zeros((0, 0), np.uint8)
@@ -52,3 +56,15 @@ def _ternary(values: np.ndarray) -> np.ndarray:
     digits[:, :length] = values + 1
     numbers = digits.reshape(rows, -1, 5) @ _TERNARY_WEIGHTS
     return (-(-numbers * 256 // 243)).astype(np.uint8)
+
+
+def _sparse(values: np.ndarray, bits: int) -> Packed:
+    """A bit for every element, least significant first, then fields of those that are not zero; rows of one length."""
+    rows, length = values.shape
+    array = np.zeros((rows, sparse_row_bytes(values, bits)), np.uint8)
+    bitmap = -(-length // 8)
+    for row, found in zip(array, values, strict=True):
+        row[:bitmap] = np.packbits(found != 0, bitorder="little")
+        fields = np.frombuffer(pack(found[found != 0], bits), np.uint8)
+        row[bitmap : bitmap + len(fields)] = fields
+    return Packed(array, "KESTREL_SPARSE", 8, bits, bitmap)

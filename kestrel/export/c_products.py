@@ -35,7 +35,7 @@ def _matmul(w: Writer, op: ops.MatMul, tensors: dict[str, Tensor]) -> list[str]:
 def _accumulate(w: Writer, op: ops.Accumulate, tensors: dict[str, Tensor]) -> list[str]:
     outputs, width = op.weight.shape
     d_bits, y_bits = w.bits(op.inputs[1], op.outputs[0])
-    fields = w.weights(op.weight.values.T, op.weight, op.outputs[0]) + (
+    fields = w.weights(ops.weight_rows(op), op.weight, op.outputs[0]) + (
         f"    .width = {width}, .outputs = {outputs}, .d_bits = {d_bits}, .y_bits = {y_bits},\n"
     )
     pointers = (w.pointer(name) for name in (op.outputs[0], *op.inputs))
@@ -44,7 +44,7 @@ def _accumulate(w: Writer, op: ops.Accumulate, tensors: dict[str, Tensor]) -> li
 
 def _conv(w: Writer, op: ops.Conv2d, tensors: dict[str, Tensor]) -> list[str]:
     x, y = tensors[op.inputs[0]], op.outputs[0]
-    flat = op.weight.values.reshape(op.weight.shape[0], -1)
+    flat = ops.weight_rows(op)
     x_bits, y_bits = w.bits(op.inputs[0], y)
     fields = (
         w.weights(flat, op.weight, y)
@@ -59,7 +59,7 @@ def _conv(w: Writer, op: ops.Conv2d, tensors: dict[str, Tensor]) -> list[str]:
 
 def _depthwise(w: Writer, op: ops.DepthwiseConv2d, tensors: dict[str, Tensor]) -> list[str]:
     x, y = tensors[op.inputs[0]], op.outputs[0]
-    flat = op.weight.values.reshape(-1, op.weight.shape[-1])  # [place, channel]
+    flat = ops.weight_rows(op)  # [place, channel]
     channels = -(-flat.shape[1] // (4 * PANEL)) * 4 * PANEL
     x_bits, y_bits = w.bits(op.inputs[0], y)
     fields = (

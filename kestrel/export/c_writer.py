@@ -115,9 +115,10 @@ class Writer:
         packed = pack_rows(values, constant.storage)
         note = f"{name}: weights {' x '.join(map(str, values.shape))}, {constant.storage}"
         array = self.array(packed.array, f"{name}, weights", "weights", note)
+        bitmap = f", .bitmap_bytes = {packed.bitmap_bytes}" if packed.bitmap_bytes else ""
         return (
             f"    .weights = {{.data = {array}, .kind = {packed.kind}, .bits = {packed.bits},"
-            f" .field_bits = {packed.field_bits}, .row_bytes = {packed.row_bytes}}},\n"
+            f" .field_bits = {packed.field_bits}, .row_bytes = {packed.row_bytes}{bitmap}}},\n"
         )
 
     def bias(self, bias: Constant | None, name: str) -> str:

@@ -579,3 +579,15 @@ class ArgMax(Op):
 
     def run(self, *arrays: Array) -> tuple[Array, ...]:
         return (integer.argmax(arrays[0])[..., None],)
+
+
+PRODUCTS = (MatMul, Accumulate, Conv2d, DepthwiseConv2d)  # ops with weights
+
+
+def weight_rows(op: MatMul | Accumulate | Conv2d | DepthwiseConv2d) -> Array:
+    """The weights of a product as C stores them, [rows, length]."""
+    if isinstance(op, Accumulate):
+        return op.weight.values.T
+    if isinstance(op, DepthwiseConv2d):
+        return op.weight.values.reshape(-1, op.weight.shape[-1])  # [place, channel]
+    return op.weight.values.reshape(op.weight.shape[0], -1)

@@ -65,6 +65,7 @@ def lower(
         raise KestrelError(f"{type(spotter.net).__name__} has no integer form: {error}") from error
     graph.output(logits)
     graph.output(graph.add(ArgMax(inputs=(LOGITS,), outputs=(CLASS,))))
+    graph.leave_out_zeros()
     return graph
 
 

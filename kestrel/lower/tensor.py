@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,10 +54,12 @@ class Tensor:
 
 # Bits that an element takes when it is stored packed. `int<b>` is two's complement; `odd<b>` holds k of the odd value
 # 2k + 1, k two's complement of b bits (half-integer grids such as +-0.5, +-1.5, at twice their value); binary = odd1,
-# -1 and +1; ternary -1, 0, +1, five values to a byte.
+# -1 and +1; ternary -1, 0, +1, five values to a byte. `sparse<b>` holds a bit for every element, and int<b> for those that
+# are not zero: the bits here are those of an element that is zero.
 STORAGE_BITS: dict[str, float] = {
     **{f"int{bits}": bits for bits in (*range(2, 9), 16, 32)},
     **{f"odd{bits}": bits for bits in range(2, 9)},
+    **{f"sparse{bits}": 1 for bits in range(2, 9)},
     "binary": 1,
     "ternary": 1.6,
 }
@@ -68,6 +71,21 @@ def storage_of(values: np.ndarray, bits: int | None = None) -> str:
         low, high = int(values.min(initial=0)), int(values.max(initial=0))
         bits = next((b for b in (8, 16, 32) if twos_complement(b)[0] <= low and high <= twos_complement(b)[1]), 64)
     return f"int{bits if bits <= 8 else 16 if bits <= 16 else bits}"
+
+
+_NO_LETTERS = {ord(letter): None for letter in string.ascii_lowercase}
+
+
+def field_bits(storage: str) -> int:
+    """Bits of a stored field of `int<b>`, `odd<b>` or `sparse<b>`."""
+    return int(storage.translate(_NO_LETTERS))
+
+
+def sparse_row_bytes(values: np.ndarray, bits: int) -> int:
+    """Bytes of each row of `values` [rows, length] in storage `sparse<bits>`: a bitmap, then as many fields as the fullest row has."""
+    rows, length = values.shape
+    fields = int(np.count_nonzero(values, axis=1).max(initial=0)) if rows else 0
+    return -(-length // 8) + -(-fields * bits // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +109,25 @@ class Constant:
         """Smallest and largest value of a storage."""
         if storage in ("binary", "ternary"):
             return -1, 1
-        low, high = twos_complement(int(storage[3:]))
-        return (low, high) if storage.startswith("int") else (2 * low + 1, 2 * high + 1)
+        low, high = twos_complement(field_bits(storage))
+        return (2 * low + 1, 2 * high + 1) if storage.startswith("odd") else (low, high)
 
     @classmethod
     def of(cls, values: np.ndarray, bits: int | None = None) -> Constant:
         """`values` in fields of `bits`, or the fewest of 8, 16 and 32 that hold them."""
         values = np.asarray(values)
         return cls(values, storage_of(values, bits))
+
+    def compact(self, rows: np.ndarray) -> Constant:
+        """These values with their zeros left out where that makes them a quarter smaller, else as they are.
+
+        `rows`: the values as C stores them, [rows, length]. For weights of few bits (`int2`..`int8`, `ternary`).
+        """
+        if self.storage not in {*(f"int{bits}" for bits in range(2, 9)), "ternary"}:
+            return self
+        bits = 2 if self.storage == "ternary" else field_bits(self.storage)
+        dense = math.ceil(rows.shape[1] / 5) if self.storage == "ternary" else math.ceil(rows.shape[1] * bits / 8)
+        return Constant(self.values, f"sparse{bits}") if 4 * sparse_row_bytes(rows, bits) <= 3 * dense else self
 
     @property
     def shape(self) -> Shape:

@@ -59,15 +59,17 @@ enum {
                          value = most significant digit */
     KESTREL_BINARY,   /* 8 to a byte, bit set = -1, clear = +1 */
     KESTREL_FIELDS,   /* two's complement fields of `field_bits` */
-    KESTREL_ODD       /* fields of `field_bits` that hold k of the value 2k + 1 */
+    KESTREL_ODD,      /* fields of `field_bits` that hold k of the value 2k + 1 */
+    KESTREL_SPARSE    /* a bit for every element, set where it is not zero, then fields of `field_bits` of those */
 };
 
 typedef struct {
     const void *data;
     uint8_t kind;
     uint8_t bits;        /* of an element behind unpacking: 8, 16 or 32 */
-    uint8_t field_bits;  /* KESTREL_FIELDS, KESTREL_ODD */
+    uint8_t field_bits;  /* KESTREL_FIELDS, KESTREL_ODD, KESTREL_SPARSE */
     int32_t row_bytes;   /* from one row to the next */
+    int32_t bitmap_bytes;  /* KESTREL_SPARSE: where the fields of a row begin */
 } kestrel_weights;
 
 /* Where a kernel is applied to an image; outside the image values are 0. */

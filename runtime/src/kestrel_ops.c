@@ -351,6 +351,30 @@ static void unpack_fields(int8_t *restrict out, const uint8_t *restrict data, in
     }
 }
 
+/* Elements first .. first + count - 1 of a row whose zeros are left out. */
+static void unpack_sparse(int8_t *restrict out, const uint8_t *restrict bitmap, const uint8_t *restrict data,
+                          int32_t first, int32_t count, int bits) {
+    const uint32_t mask = ((uint32_t)1 << bits) - 1, sign = (uint32_t)1 << (bits - 1);
+    uint32_t window = 0;
+    int32_t i;
+    int held = 0;
+    for (i = 0; i < first + count; i++) {
+        int32_t value = 0;
+        if (bitmap[i >> 3] >> (i & 7) & 1) {
+            if (held < bits) {
+                window |= (uint32_t)*data++ << held;
+                held += 8;
+            }
+            value = (int32_t)((window & mask) ^ sign) - (int32_t)sign;
+            window >>= bits;
+            held -= bits;
+        }
+        if (i >= first) {
+            out[i - first] = (int8_t)value;
+        }
+    }
+}
+
 /* Elements of weight row `row`, from `first` on (a multiple of KESTREL_DEPTHWISE_TILE), for direct or unpacked use. */
 static const void *weight_row(const kestrel_weights *w, int32_t row, int32_t first, int32_t count, void *scratch) {
     const uint8_t *data = (const uint8_t *)w->data + (ptrdiff_t)row * w->row_bytes;
@@ -368,6 +392,9 @@ static const void *weight_row(const kestrel_weights *w, int32_t row, int32_t fir
         break;
     case KESTREL_BINARY:
         unpack_binary(scratch, data + first / 8, count);
+        break;
+    case KESTREL_SPARSE:
+        unpack_sparse(scratch, data, data + w->bitmap_bytes, first, count, w->field_bits);
         break;
     default:
         unpack_fields(scratch, data + first / 8 * w->field_bits, count, w->field_bits, w->kind == KESTREL_ODD);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from kestrel.frontend.fixed import FixedFrontend
 from kestrel.frontend.spec import FrontendSpec
 from kestrel.lower.graph import IntegerGraph, Scan
 from kestrel.lower.memory import plan_memory, replaced_states
-from kestrel.lower.ops import ArgMax, MatMul, Requantise, Reshape
+from kestrel.lower.ops import PRODUCTS, ArgMax, MatMul, Requantise, Reshape
 from kestrel.lower.rnn import Thresholds
 from kestrel.lower.spotter import lower
 from kestrel.lower.tensor import Constant, Tensor
@@ -48,6 +49,19 @@ def net(make: Callable[[], nn.Module], **settings: Any) -> IntegerGraph:
     return lower_kit.graph_of(lower_kit.settled(make()), **settings)
 
 
+def pruned(make: Callable[[], nn.Module], **settings: Any) -> IntegerGraph:
+    """A net with seven of eight weights zero, as `lower` stores it."""
+    torch.manual_seed(4)
+    module = make()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(torch.rand_like(parameter) < 0.125)
+    graph = lower_kit.graph_of(lower_kit.settled(module), **settings)
+    graph.leave_out_zeros()
+    return graph
+
+
 GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "blocks": block_lstm,
     "mixed": lambda: net(lower_kit.MixedNet),
@@ -56,6 +70,10 @@ GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "lstm": lambda: net(lambda: lower_kit.Recurrent(nn.LSTM)),
     "two layers of gru": lambda: net(lambda: lower_kit.Recurrent(nn.GRU, num_layers=2)),
     "delta gru": lambda: net(lambda: lower_kit.Recurrent(nn.GRU), thresholds=Thresholds(0.1, 0.2)),
+    "pruned": lambda: pruned(lower_kit.MixedNet),
+    "pruned gru of 4 bits": lambda: pruned(
+        lambda: lower_kit.Recurrent(nn.GRU), thresholds=Thresholds(0.1, 0.2), weight_bits=4
+    ),
     "delta lstm of 2 bits": lambda: net(
         lambda: lower_kit.Recurrent(nn.LSTM), thresholds=Thresholds(0.1, 0.05), weight_bits=2
     ),
@@ -450,3 +468,17 @@ def test_graphs_of_other_forms_are_refused() -> None:
     graph.outputs.append(graph.ops[3].outputs[0])
     with pytest.raises(KestrelError, match="one input and one output"):
         generate(graph)
+
+
+@pytest.mark.parametrize("name", ["pruned", "pruned gru of 4 bits"])
+def test_zeros_take_no_bytes_of_weights(name: str) -> None:
+    sparse = GRAPHS[name]()
+    stored = [op.weight.storage for op, _ in sparse.all_ops() if isinstance(op, PRODUCTS)]
+    assert any(storage.startswith("sparse") for storage in stored)
+    bytes_sparse = generate(sparse).sections["weights"]
+    for program in (sparse, *(op.body for op in sparse.ops if isinstance(op, Scan))):
+        for place, op in enumerate(program.ops):
+            if isinstance(op, PRODUCTS) and op.weight.storage.startswith("sparse"):
+                dense = Constant(op.weight.values, f"int{op.weight.storage[-1]}")
+                program.ops[place] = dataclasses.replace(op, weight=dense)
+    assert bytes_sparse < 0.75 * generate(sparse).sections["weights"]

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kestrel.errors import KestrelError
 from kestrel.lower.graph import IntegerGraph, Mismatch, Program, Scan, State, calibrated_scale, input_codes
@@ -220,3 +224,17 @@ def test_calibrated_scale_is_a_power_of_two_with_headroom(largest: float, scale:
 def test_calibrated_scale_needs_finite_features() -> None:
     with pytest.raises(KestrelError, match="stage 2"):
         calibrated_scale(float("nan"))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 8), st.floats(0, 1), st.integers(1, 6), st.integers(1, 60))
+def test_zeros_are_left_out_where_it_pays(seed: int, bits: int, share: float, rows: int, length: int) -> None:
+    rng = np.random.default_rng(seed)
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    values = np.where(rng.random((rows, length)) < share, 0, rng.integers(low, high + 1, (rows, length)))
+    constant = Constant(values, f"int{bits}")
+    found = constant.compact(values)
+    most = max(np.count_nonzero(values, axis=1))
+    small, dense = math.ceil(length / 8) + math.ceil(most * bits / 8), math.ceil(length * bits / 8)
+    assert found.storage == (f"sparse{bits}" if small <= 0.75 * dense else f"int{bits}")
+    np.testing.assert_array_equal(found.values, values)
+    assert Constant(values, "int16").compact(values).storage == "int16"

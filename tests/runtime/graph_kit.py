@@ -25,6 +25,8 @@ def constant(rng: np.random.Generator, shape: tuple[int, ...], storage: str, mos
     flat = values.reshape(-1)
     if flat.size > 1:
         flat[0], flat[-1] = low, high
+    if storage.startswith("sparse"):
+        values = np.where(rng.random(shape) < 0.8, 0, values)
     if storage.startswith(("odd", "binary")):
         values = np.where(values & 1, values, np.where(values >= high, values - 1, values + 1))
     return Constant(values, storage)

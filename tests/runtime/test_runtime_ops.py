@@ -179,6 +179,17 @@ def _unpacked(packed, length: int) -> np.ndarray:
             digits = [(int(byte) * 3 ** (k + 1) // 256) % 3 - 1 for byte in row for k in range(5)]
             found.append(digits[:length])
             continue
+        if packed.kind == "KESTREL_SPARSE":
+            bitmap = int.from_bytes(row[: packed.bitmap_bytes].tobytes(), "little")
+            rest = int.from_bytes(row[packed.bitmap_bytes :].tobytes(), "little")
+            values = []
+            for i in range(length):
+                field = 0
+                if bitmap >> i & 1:
+                    field, rest = rest & (1 << bits) - 1, rest >> bits
+                values.append(field - (1 << bits) * (field >> bits - 1))
+            found.append(values)
+            continue
         number = int.from_bytes(row.tobytes(), "little")
         fields = [number >> bits * i & (1 << bits) - 1 for i in range(length)]
         if packed.kind == "KESTREL_BINARY":
