@@ -81,4 +81,6 @@ def test_there_is_no_stage_4_unless_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_names_of_the_table_are_there() -> None:
-    assert {name for name, *_ in PAPER} | {"base", "mini", "logmel", "logmel-10", "masks"} == set(variants(ROOT, RECIPE))
+    assert {name for name, *_ in PAPER} | {"base", "mini", "logmel", "logmel-10", "masks"} == set(
+        variants(ROOT, RECIPE)
+    )
