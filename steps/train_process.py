@@ -6,10 +6,11 @@ import os
 import sys
 
 from kestrel.pipeline.console import setup_logging
-from kestrel.pipeline.step import exit_code, open_run
+from kestrel.pipeline.step import handle_stop_signals, leave, open_run
 from kestrel.pipeline.work import train_here
 
 if __name__ == "__main__":
+    handle_stop_signals()
     run, stage = open_run(sys.argv[1]), sys.argv[2]
     first = os.environ.get("RANK", "0") == "0"
     setup_logging(run.exp / "log" / f"{stage}.log" if first else None)
@@ -18,4 +19,5 @@ if __name__ == "__main__":
     try:
         train_here(run, "pretrain" if stage == "pretrain" else "retrain")
     except BaseException as error:
-        sys.exit(exit_code(error))
+        leave(error)
+    leave()

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from kestrel.errors import EXIT_AGAIN, EXIT_ERROR, EXIT_USAGE, KestrelError, RunAgain, UsageError
 from kestrel.pipeline.config import load_config
@@ -22,7 +23,7 @@ from kestrel.pipeline.console import duration, setup_logging
 from kestrel.pipeline.stages import BY_NAME, Run, Status, begin, finish, outdated_inputs, status
 from kestrel.store.atomic import remove_stale
 from kestrel.store.lock import lock
-from kestrel.train.signals import StopFlag
+from kestrel.train.signals import STOP_SIGNALS, StopFlag, ignore_stop_signals
 
 log = logging.getLogger("kestrel")
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,21 @@ def _end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
     log.error("stopped by %s", signal.Signals(number).name)
     sys.exit(128 + number)
+
+
+def handle_stop_signals() -> None:
+    """From here to the end of the process a stop signal leaves in order, or is ignored where training obeyed one."""
+    for number in STOP_SIGNALS:  # run.sh starts steps with SIGINT ignored
+        signal.signal(number, _end)
+
+
+def leave(error: BaseException | None = None) -> NoReturn:
+    """End the process with the exit code of `error`, said in one line, or with 0."""
+    if isinstance(error, SystemExit):
+        raise error
+    code = 0 if error is None else exit_code(error)
+    ignore_stop_signals()  # Python puts handlers back before it ends: a second signal would change the exit code
+    sys.exit(code)
 
 
 def open_run(exp: str, nproc: int = 1, force: bool = False) -> Run:
@@ -129,14 +145,11 @@ def main(stage: str, body: Body) -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)  # paths in config.yaml are relative to the root of the repository
     setup_logging()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # run.sh starts steps with SIGINT ignored
-        signal.signal(number, _end)
+    handle_stop_signals()
     try:
         run = open_run(arguments.exp, arguments.nproc, arguments.force)
         setup_logging(run.exp / "log" / f"{stage}.log")
         _work(run, stage, body, arguments.profile)
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        sys.exit(exit_code(error))
-    sys.exit(0)
+        leave(error)
+    leave()

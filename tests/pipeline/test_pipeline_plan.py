@@ -430,6 +430,40 @@ def test_a_stopped_training_saves_and_gives_75(
     assert not (exp(own_checkout, "stops") / ".lock").exists()
 
 
+# A process of a stage that is sent a second signal at each point after the first, to the end of Python.
+ASKED_TWICE = """
+import atexit, os, signal, sys
+sys.path.insert(0, {root!r})
+from kestrel.errors import RunAgain
+from kestrel.pipeline.step import handle_stop_signals, leave
+from kestrel.train.signals import StopFlag
+
+def again():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+class Last:
+    def __del__(self, kill=os.kill, who=os.getpid()):
+        kill(who, 15)
+
+atexit.register(again)
+handle_stop_signals()
+try:
+    with StopFlag() as stop:
+        again()
+    again()
+    sys.kept_to_the_end = Last()
+    raise RunAgain("the state is saved")
+except BaseException as error:
+    leave(error)
+"""
+
+
+def test_a_second_signal_never_changes_the_exit_code() -> None:
+    """Between the end of training and the end of the process, the finalisation of Python included."""
+    done = subprocess.run([sys.executable, "-c", ASKED_TWICE.format(root=str(ROOT))], capture_output=True, check=False)
+    assert done.returncode == 75, done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------- environment
 
 

@@ -46,8 +46,9 @@ def exit_codes(
     """Start training until it ends by itself, sending `number` twice at random times to the first `times` starts."""
     draw, codes = random.Random(f"{stage} {number}"), [1]
     while codes[-1] != 0:
-        ready = server.Event()
-        process = server.Process(target=train_in_process, args=(str(folder), str(out_dir), stage, shared, PAUSE, ready))
+        ready, sent = server.Event(), out_dir.with_name(f"{out_dir.name} sent {len(codes)}")
+        arguments = (str(folder), str(out_dir), stage, shared, PAUSE, ready, str(sent))
+        process = server.Process(target=train_in_process, args=arguments)
         process.start()
         if len(codes) <= times:
             assert ready.wait(60)
@@ -55,6 +56,7 @@ def exit_codes(
                 time.sleep(draw.uniform(0.0, 0.1))
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid or 0, number)
+        sent.touch()
         process.join(60)
         assert process.exitcode is not None, "training neither stopped nor ended"
         codes.append(process.exitcode)

@@ -20,7 +20,7 @@ from kestrel.store.hdf5 import FeatureFile
 from kestrel.train import loop
 from kestrel.train.data import Split
 from kestrel.train.loop import Job, Result, train
-from kestrel.train.signals import StopFlag
+from kestrel.train.signals import StopFlag, ignore_stop_signals
 from kestrel.train.spec import PhaseSpec, TrainSpec
 
 CLASSES = ["yes", "no", "silence"]
@@ -134,17 +134,29 @@ def quick_draw(path: Path, history: list, title: str) -> None:
     path.write_text(f"{title} {history}")
 
 
-def train_in_process(folder: str, out_dir: str, stage: str, shared: dict, pause: float, ready: Event) -> None:
+def train_in_process(
+    folder: str, out_dir: str, stage: str, shared: dict, pause: float, ready: Event, sent: str
+) -> None:
     """Target of test processes: train, with `pause` seconds before each batch; exit code 75 as the step scripts do.
 
-    Sets `ready` as soon as signals are handled.
+    Sets `ready` as soon as signals are handled; after it the last batch waits for the file `sent`, made when no more
+    signals come. Outside this window they are ignored: the step scripts have handlers of their own there.
     """
+
+    def wait(done: int, total: int, text: str) -> None:
+        time.sleep(pause)
+        while done == total and not Path(sent).exists():  # no lock, which a killed process would keep
+            time.sleep(pause)
+
+    ignore_stop_signals()
     loop.draw_curves = quick_draw
+    code = 0
     with StopFlag() as stop:
         ready.set()
         torch.set_num_threads(1)
         job = make_job(Path(out_dir), stage, shared=shared)
         try:
-            run(Path(folder), job, stop=stop, progress=lambda done, total, text: time.sleep(pause))
+            run(Path(folder), job, stop=stop, progress=wait)
         except RunAgain:
-            raise SystemExit(75) from None
+            code = 75
+    raise SystemExit(code)
