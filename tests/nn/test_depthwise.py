@@ -1,0 +1,113 @@
+"""Convolutions of small maps against PyTorch's own, values and gradients, in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kestrel.nn import channel_major, depthwise
+from kestrel.nn.channel_major import BatchNorm2d, hold_statistics, is_channel_major
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": channel_major.channels_last,
+    "channel_major": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+def _draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def _both(x: torch.Tensor, parameters: list[torch.Tensor], ours, theirs) -> None:  # type: ignore[no-untyped-def]
+    """Results and gradients of two functions are equal."""
+    leaves = [x.detach().requires_grad_(), *(p.detach().requires_grad_() for p in parameters)]
+    made, wanted = ours(*leaves), theirs(*leaves)
+    torch.testing.assert_close(made, wanted)
+    grad = _draw(*wanted.shape)
+    for mine, other in zip(
+        torch.autograd.grad(made, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [((5, 13), 7, 1, 3), ((5, 13), 3, 1, 1), ((10, 26), 5, 2, 2), ((7, 6), 7, 2, 3), ((1, 4), 3, 1, 1), ((30, 20), 3, 2, 0)],
+)  # fmt: skip
+def test_depthwise_equals_grouped_convolution(layout: str, size, kernel: int, stride: int, padding: int) -> None:  # type: ignore[no-untyped-def]
+    x, weight = LAYOUTS[layout](_draw(3, 4, *size)), _draw(4, 1, kernel, kernel)
+    s, p = (stride, stride), (padding, padding)
+    wanted = lambda x, w: functional.conv2d(x, w, None, s, p, 1, 4)  # noqa: E731
+    _both(x, [weight], lambda x, w: depthwise.depthwise_conv2d(x, w, s, p), wanted)
+    _both(x, [weight], lambda x, w: depthwise.toeplitz_conv2d(x, w, s, p), wanted)
+
+
+def test_kernel_that_is_not_square_and_unequal_strides() -> None:
+    x, weight = _draw(2, 3, 6, 9), _draw(3, 1, 3, 5)
+    _both(
+        x,
+        [weight],
+        lambda x, w: depthwise.toeplitz_conv2d(x, w, (1, 2), (0, 2)),
+        lambda x, w: functional.conv2d(x, w, None, (1, 2), (0, 2), 1, 3),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (3, 6), (3, 2)])
+def test_conv2d_equals_torch(layout: str, kernel: int, groups: int) -> None:
+    x, weight, bias = LAYOUTS[layout](_draw(3, 6, 5, 7)), _draw(6, 6 // groups, kernel, kernel), _draw(6)
+    p = (kernel // 2, kernel // 2)
+    _both(
+        x,
+        [weight, bias],
+        lambda x, w, b: depthwise.conv2d(x, w, b, (1, 1), p, groups),
+        lambda x, w, b: functional.conv2d(x, w, b, 1, p, 1, groups),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("clips", [1, 4])
+def test_batch_norm_equals_torch(layout: str, training: bool, clips: int) -> None:
+    x = LAYOUTS[layout](_draw(clips, 3, 4, 5))
+    ours, theirs = BatchNorm2d(3, eps=1e-3).double(), nn.BatchNorm2d(3, eps=1e-3).double()
+    for norm in (ours, theirs):
+        norm.train(training)
+        norm(x + 1)  # moves the running statistics
+    _both(x, [], ours, theirs)
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_held_statistics_are_of_the_batch_and_not_noted(layout: str) -> None:
+    x = LAYOUTS[layout](_draw(4, 3, 2, 5))
+    norm = BatchNorm2d(3).double().eval()
+    before = {key: value.clone() for key, value in norm.state_dict().items()}
+    hold_statistics(norm, True)
+    made = norm(x)
+    assert made.mean((0, 2, 3)).abs().max() < 1e-9
+    assert all(torch.equal(value, norm.state_dict()[key]) for key, value in before.items())
+    hold_statistics(norm, False)
+    torch.testing.assert_close(
+        norm(x), functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+
+
+def test_small_maps_stay_channel_major_through_a_block() -> None:
+    x = torch.randn(2, 6, 5, 13)
+    x = depthwise.conv2d(x, torch.randn(6, 1, 7, 7), None, (1, 1), (3, 3), 6)
+    assert is_channel_major(x)
+    x = depthwise.conv2d(functional.relu6(BatchNorm2d(6)(x)), torch.randn(8, 6, 1, 1))
+    assert is_channel_major(x)
+
+
+def test_choice_goes_by_size() -> None:
+    assert depthwise.takes_toeplitz((5, 13), (7, 7))
+    assert depthwise.takes_toeplitz((5, 13), (5, 5))
+    assert not depthwise.takes_toeplitz((5, 13), (3, 3))
+    assert not depthwise.takes_toeplitz((10, 26), (7, 7))
