@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -54,12 +55,12 @@ def schedule(phase: PhaseSpec, total: int, where: str = "train") -> Schedule:
         return Schedule(total, rates, (0,), cosine=True)
     if not phase.lr_steps:  # equal shares
         return Schedule(total, rates, tuple(total * place // len(rates) for place in range(len(rates))))
-    if len(phase.lr_steps) != len(rates) - 1:
+    lengths = phase.lr_steps
+    if len(lengths) == len(rates) and sum(lengths) == total:
+        lengths = lengths[:-1]
+    if len(lengths) != len(rates) - 1:
         raise UsageError(
             f"{where}.lr_steps: {len(rates)} learning rates need {len(rates) - 1} lengths (the last segment takes "
-            f"the rest), not {len(phase.lr_steps)}"
+            f"the rest) or {len(rates)} that add up to the {total} steps, not {phase.lr_steps}"
         )
-    starts = [0]
-    for length in phase.lr_steps:
-        starts.append(starts[-1] + length)
-    return Schedule(total, rates, tuple(starts))
+    return Schedule(total, rates, tuple(itertools.accumulate(lengths, initial=0)))

@@ -18,7 +18,7 @@ class PhaseSpec:
     steps: int | None = setting(None, "length in batches; exactly one of epochs and steps", min=0)
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "optimiser")
     lr: list[float] = setting([0.001], "learning rate of each segment", min=0)
-    lr_steps: list[int] = setting([], "segments: batches of each segment but the last; empty = equal shares", min=0)
+    lr_steps: list[int] = setting([], "segments: batches of each, of the last if you like; empty = equal shares", min=0)
     schedule: Literal["segments", "cosine"] = setting("segments", "segments: constant pieces; cosine: from lr[0] to 0")
     weight_decay: float = setting(0.0, "weight decay", min=0)
     momentum: float = setting(0.9, "momentum of sgd", min=0, max=1)

@@ -15,6 +15,7 @@ from kestrel.errors import KestrelError, UsageError
 from kestrel.pipeline.config import Config, Options, class_names, load_config, resolve, save_text, variants
 from kestrel.pipeline.plan import main as plan
 from kestrel.settings import load_yaml, to_dict
+from kestrel.train.schedule import phase_steps, schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPORA = list(load_yaml(ROOT / "conf" / "corpora.yaml")["corpora"])
@@ -70,6 +71,16 @@ def test_a_length_in_epochs_replaces_one_in_steps_and_back() -> None:
     assert same.train.lr_steps == [], "the segments of another length do not fit a given one"
     own = make("train.epochs=5", "train.lr_steps=10,10", variant="base")
     assert own.train.lr_steps == [10, 10]
+
+
+@pytest.mark.parametrize(("recipe", "variant"), RECIPES)
+def test_every_variant_has_learning_rates_for_its_length(recipe: str, variant: str) -> None:
+    """As written, with no setting changed."""
+    config = make(recipe=recipe, variant=variant)
+    for name, phase in (("train", config.train), ("retrain", config.retrain)):
+        if phase is not None and (phase.steps is not None or phase.epochs is not None):
+            total = phase_steps(phase, 370, name)
+            assert schedule(phase, total, name)(0) > 0
 
 
 @pytest.mark.parametrize("sets", [("train.epochs=3", "train.steps=3"), ("train.epochs=null",)])

@@ -24,8 +24,9 @@ def test_length_is_given_in_epochs_or_steps() -> None:
 
 def test_the_papers_segments() -> None:
     """10,000 steps at 0.002, 10,000 at 0.0005, the last 200 at 0.00008 (QuantizedLSTM, specification section 8)."""
-    rate = schedule(PhaseSpec(steps=20200, lr=[0.002, 0.0005, 0.00008], lr_steps=[10000, 10000]), 20200)
-    assert [rate(step) for step in (0, 9999, 10000, 19999, 20000, 20199)] == [0.002, 0.002, 5e-4, 5e-4, 8e-5, 8e-5]
+    for lengths in ([10000, 10000], [10000, 10000, 200]):
+        rate = schedule(PhaseSpec(steps=20200, lr=[0.002, 0.0005, 0.00008], lr_steps=lengths), 20200)
+        assert [rate(step) for step in (0, 9999, 10000, 19999, 20000, 20199)] == [0.002, 0.002, 5e-4, 5e-4, 8e-5, 8e-5]
 
 
 @given(st.integers(0, 300), st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=6))
@@ -67,7 +68,8 @@ def test_agreement_of_the_steps_already_made() -> None:
     ("options", "message"),
     [
         ({"lr": []}, "at least one learning rate"),
-        ({"lr": [0.1, 0.2], "lr_steps": [1, 2]}, r"2 learning rates need 1 lengths .* not 2"),
+        ({"lr": [0.1, 0.2], "lr_steps": [1, 2]}, r"2 learning rates need 1 lengths .* or 2 .* 10 steps, not"),
+        ({"lr": [0.1, 0.2], "lr_steps": [1, 2, 7]}, r"2 learning rates need 1 lengths .*, not"),
         ({"lr": [0.1, 0.2], "schedule": "cosine"}, "cosine takes one train.lr"),
         ({"lr": [0.1], "lr_steps": [5], "schedule": "cosine"}, "no train.lr_steps"),
     ],
