@@ -17,8 +17,7 @@ from kestrel.corpus.audio import read_window
 from kestrel.corpus.manifest import Clip, locate
 from kestrel.corpus.noise import noise_part
 from kestrel.errors import KestrelError
-from kestrel.frontend.fixed import FixedFeatures
-from kestrel.frontend.make import AnyFrontend
+from kestrel.frontend.make import AnyFrontend, makes_codes
 from kestrel.frontend.spec import stored
 from kestrel.store.hdf5 import AudioFile, AudioWriter, FeatureWriter, NoiseWriter
 
@@ -124,15 +123,15 @@ def extract(audio: AudioFile, frontend: AnyFrontend, path: Path, progress: Progr
         corpus=audio.corpus,
         protocol=audio.protocol,
         split=audio.split,
-        dtype="int16" if isinstance(frontend, FixedFeatures) else "float32",
-        scale=frontend.scale if isinstance(frontend, FixedFeatures) else 1.0,
+        dtype="int16" if makes_codes(frontend) else "float32",
+        scale=frontend.scale if makes_codes(frontend) else 1.0,
     )
     device = next(iter(frontend.buffers())).device
     done = 0
     with writer:
         for block in audio.iterate(_BLOCK):
             wave = torch.from_numpy(block).to(device)
-            if isinstance(frontend, FixedFeatures):
+            if makes_codes(frontend):
                 writer.write(frontend.codes(wave).cpu().numpy())  # [n, T, F]
             else:
                 features = frontend(wave)  # [n, T, F]

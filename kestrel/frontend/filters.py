@@ -19,8 +19,8 @@ def check(spec: FrontendSpec) -> None:
         problem = f"window {spec.window} is longer than n_fft {spec.n_fft}"
     elif spec.f_min >= spec.f_max:
         problem = f"f_min {spec.f_min:g} is not below f_max {spec.f_max:g}"
-    elif spec.f_max > spec.sample_rate / 2:
-        problem = f"f_max {spec.f_max:g} is above half the sample rate, {spec.sample_rate / 2:g}"
+    elif spec.f_max > spec.sample_rate / spec.decimation / 2:
+        problem = f"f_max {spec.f_max:g} is above half the sample rate, {spec.sample_rate / spec.decimation / 2:g}"
     elif spec.coefficients is not None and spec.coefficients > spec.mel_bands:
         problem = f"coefficients {spec.coefficients} is more than mel_bands {spec.mel_bands}"
     elif spec.framing == "window" and spec.center:
@@ -29,6 +29,8 @@ def check(spec: FrontendSpec) -> None:
         problem = "top_db needs log: db or db20"
     elif spec.log_floor <= 0:
         problem = "log_floor must be above 0, or silence becomes minus infinity"
+    elif spec.arithmetic != "shift-add" and (spec.decimation != 1 or spec.log == "log2"):
+        problem = "decimation 2 and log: log2 need arithmetic: shift-add"
     if problem:
         raise UsageError(f"front end {spec.name!r}: {problem}")
 
@@ -48,6 +50,7 @@ def frame_count(spec: FrontendSpec, samples: int) -> int:
         if samples < 1:
             raise UsageError(f"front end {spec.name!r}: clips are empty")
         return max(1, math.ceil(abs(samples - spec.window) / spec.hop))
+    samples //= spec.decimation
     needed = padding(spec) + 1 if spec.center else spec.n_fft
     if samples < needed:
         raise UsageError(f"front end {spec.name!r}: clips of {samples} samples are too short, {needed} are needed")

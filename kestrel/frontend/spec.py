@@ -14,6 +14,12 @@ class FrontendSpec:
 
     name: str = setting("", "name of the front end, used for feat/<corpus>/<protocol>/<name>")
     sample_rate: int = setting(16000, "samples per second", min=1000)
+    decimation: int = setting(
+        1,
+        "1, or 2: a half-band filter halves the rate first (arithmetic shift-add); lengths count what it leaves",
+        min=1,
+        max=2,
+    )
     window: int = setting(640, "samples of the analysis window", min=2)
     hop: int = setting(320, "samples between frames", min=1)
     n_fft: int = setting(640, "length of the Fourier transform", min=2)
@@ -29,25 +35,31 @@ class FrontendSpec:
     mel_rule: Literal["htk", "bins"] = setting("htk", "htk: torchaudio's filters; bins: corners rounded down to bins")
     f_min: float = setting(0.0, "lower edge of the filters in Hz", min=0)
     f_max: float = setting(8000.0, "upper edge of the filters in Hz", min=1)
-    log: Literal["ln", "db", "db20"] = setting("ln", "ln(x + log_floor), 10 log10 max(x, log_floor), or 20 log10 of it")
+    log: Literal["ln", "db", "db20", "log2"] = setting(
+        "ln", "ln(x + log_floor), 10 log10 max(x, log_floor), 20 log10 or log2 of it (log2: arithmetic shift-add)"
+    )
     log_floor: float = setting(1e-6, "see log", min=0)
     top_db: float | None = setting(
         None, "raise each clip's values to this far below its own maximum (log db or db20)", min=0
     )
     coefficients: int | None = setting(None, "DCT-II (ortho) coefficients kept; null = log filter bank", min=1)
-    arithmetic: Literal["float", "fixed"] = setting(
-        "float", "fixed: the integer front end of the C runtime, for training too; features are int16 codes"
+    arithmetic: Literal["float", "fixed", "shift-add"] = setting(
+        "float",
+        "fixed: the integer front end of the C runtime, for training too; features are int16 codes. shift-add: that of "
+        "processors without a multiplier",
     )
 
 
 def stored(spec: FrontendSpec) -> dict[str, Any]:
-    """The settings as feature files and done-markers hold them; `arithmetic` stands there only where it is not float.
+    """The settings as feature files and done-markers hold them; `arithmetic` and `decimation` only where they are not usual.
 
-    So float features are the same bytes as before this setting existed, and nothing that was made from them is outdated.
+    So features are the same bytes as before these settings existed, and nothing that was made from them is outdated.
     """
     settings = to_dict(spec)
     if spec.arithmetic == "float":
         del settings["arithmetic"]
+    if spec.decimation == 1:
+        del settings["decimation"]
     return settings
 
 

@@ -80,8 +80,8 @@ def _calibrated(graph: IntegerGraph, view: View, spotter: KeywordSpotter, weight
 
 
 def made_in_fixed_point(data: Features) -> bool:
-    """Whether features are codes of the fixed-point front end."""
-    return getattr(data, "frontend", {}).get("arithmetic") == "fixed"
+    """Whether features are codes of an integer front end."""
+    return getattr(data, "frontend", {}).get("arithmetic") in ("fixed", "shift-add")
 
 
 def feature_scale_of(data: Features, batch: int = 512) -> float:

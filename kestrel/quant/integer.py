@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kestrel.digits import signed_digits as signed_digits
+
 MULTIPLIER_BITS = 31  # a multiplier is below 2^31 in magnitude: an int32
 MAX_SHIFT = 62
 INT32 = (-(1 << 31), (1 << 31) - 1)
@@ -114,19 +116,6 @@ def shift_add(ratio: float, terms: int) -> tuple[int, int]:
     if abs(multiplier) >= 1 << MULTIPLIER_BITS:
         raise ValueError(f"ratio {ratio:g} does not fit a multiplier of {MULTIPLIER_BITS} bits")
     return multiplier, shift
-
-
-def signed_digits(multiplier: int) -> list[tuple[int, int]]:
-    """The multiplier as a sum of signed powers of two, no two of them adjacent: (sign, exponent), largest first."""
-    digits, exponent = [], 0
-    while multiplier:
-        if multiplier & 1:
-            digit = 2 - (multiplier & 3)
-            digits.append((digit, exponent))
-            multiplier -= digit
-        multiplier >>= 1
-        exponent += 1
-    return digits[::-1]
 
 
 @dataclass(frozen=True)

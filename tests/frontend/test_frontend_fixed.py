@@ -35,7 +35,11 @@ from kestrel.quant.quantiser import quantise
 from kestrel.settings import build, load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "conf" / "frontends").glob("*.yaml"))
+NAMES = sorted(
+    path.stem
+    for path in (ROOT / "conf" / "frontends").glob("*.yaml")
+    if "arithmetic: shift-add" not in path.read_text()
+)
 SMALL = FrontendSpec(name="small", n_fft=64, window=64, hop=32, mel_bands=6)
 
 
