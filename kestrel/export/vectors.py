@@ -27,7 +27,7 @@ STEPS = 4  # time steps of tensors inside a scan; fewer where a step is large
 LARGEST_TEXT = 3_000_000  # bytes of the text files of tensors that the steps are chosen for
 _ACCUMULATOR_BITS = 32
 _SUM_BITS = 64  # of the products with multipliers that AddRequantise adds
-_PACKED_BITS = {"ternary": 2, "binary": 1}
+_PACKED_BITS = {"ternary": 2, "binary": 1, "power4": 9}
 
 
 @dataclass(frozen=True)

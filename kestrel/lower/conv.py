@@ -183,5 +183,5 @@ def tabulated(program: Program, x: Value, function: nn.Module, target: Target, n
 
 
 def storage(codes: WeightCodes) -> str:
-    """How weight codes are stored: their bits, `binary` for signs."""
-    return "binary" if codes.bits == 1 else f"int{codes.bits if codes.bits <= 8 else 16}"
+    """How weight codes are stored (a key of STORAGE_BITS)."""
+    return codes.stored_as

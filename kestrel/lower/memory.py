@@ -34,7 +34,8 @@ ALIGNMENT = 4
 INPUT_BITS = 16  # features arrive as int16, whatever their range is
 DEPTHWISE_TILE = 40  # KESTREL_DEPTHWISE_TILE
 UNPACK_BYTES = 1024  # four rows of packed weights are unpacked at a time where they fit
-DIRECT = {"int8": 8, "int16": 16, "int32": 32, "odd8": 16}  # storages that C reads without unpacking
+# Storages that C reads without unpacking; odd8 and power4 hold values beyond int8.
+DIRECT = {"int8": 8, "int16": 16, "int32": 32, "odd8": 16, "power4": 16}
 
 
 @dataclass

@@ -1,15 +1,19 @@
 """Any feed-forward or recurrent torch network of common layers as integers, with ranges calibrated on features.
 
 The network is traced with torch.fx; every layer becomes an op, batch normalisation and ReLUs join the op before them.
-Activations are int8 codes with one scale per tensor, taken from the largest magnitude on the calibration features.
+Activations are int8 codes with one scale per tensor, taken from the largest magnitude on the calibration features, or the one
+that it was trained with where a QuantActivation follows; a network that has one behind every op needs no calibration.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -22,6 +26,8 @@ from kestrel.lower.ops import Concat, MaxPool, Requantise, Reshape, Slice, Trans
 from kestrel.lower.post import View
 from kestrel.lower.rnn import Thresholds, lower_rnn
 from kestrel.lower.value import ACTIVATION_BITS, WIDE_BITS, Value, requantised, step_of
+from kestrel.nn.condenser import HardGate
+from kestrel.nn.low_bit import LowBit, QuantActivation
 from kestrel.quant.integer import Rescale, symmetric, twos_complement
 from kestrel.quant.packing import WeightCodes, encode
 
@@ -50,11 +56,22 @@ _UNSQUEEZE = (torch.unsqueeze, "unsqueeze")
 _TRANSPOSE = (torch.transpose, "transpose")
 
 
-class _Peaks(fx.Interpreter):
-    """Runs a traced network on the calibration features and keeps the largest magnitude of every result."""
+class _Tracer(fx.Tracer):
+    """Takes quantised layers as they are."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (LowBit, QuantActivation, HardGate)) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Peaks(fx.Interpreter):
+    """Runs a traced network on the calibration features and keeps the largest magnitude and the shape of every result.
+
+    `measured` False: the features say nothing but their shape.
+    """
+
+    def __init__(self, module: fx.GraphModule, measured: bool) -> None:
         super().__init__(module)
+        self.measured = measured
         self.largest: dict[Node, float] = {}
         self.shape: dict[Node, tuple[int, ...]] = {}
 
@@ -69,7 +86,7 @@ def lower_network(
     program: Program,
     view: View,
     module: nn.Module,
-    calibration: Tensor,
+    calibration: Tensor | None,
     weight_bits: int = 8,
     codes: Mapping[str, WeightCodes] | None = None,
     thresholds: Thresholds | None = None,
@@ -78,7 +95,8 @@ def lower_network(
 
     Args:
         module: features [B, T, F] -> logits [B, C], in evaluation mode.
-        calibration: features [B, T, F] as the module gets them, from the training split.
+        calibration: features [B, T, F] as the module gets them, from the training split; None where every op has a
+            trained QuantActivation behind it (the logits need none: they get the range that they cannot leave).
         weight_bits: bits of weights that are not in `codes`.
         codes: trained integer weights by parameter name.
         thresholds: delta updates for its LSTM and GRU layers.
@@ -87,14 +105,26 @@ def lower_network(
     """
     module = module.eval()
     try:
-        traced = fx.symbolic_trace(module)
+        traced = fx.GraphModule(module, _Tracer().trace(module))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise KestrelError(f"{type(module).__name__} cannot be traced, so it has no integer form: {reason}") from error
-    peaks = _Peaks(traced)
+    peaks = _Peaks(traced, calibration is not None)
+    example = torch.zeros(1, *program.tensors[view.name].shape) if calibration is None else calibration
     with torch.no_grad():
-        peaks.run(calibration)
+        peaks.run(example)
     return _Walk(program, traced, peaks, weight_bits, codes or {}, thresholds).run(view)
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What joins an op: `last` is the node whose result it makes."""
+
+    last: Node
+    norm: nn.BatchNorm2d | nn.BatchNorm1d | None
+    gate: HardGate | None
+    activation: nn.Module | None
+    quantiser: QuantActivation | None
 
 
 class _Walk:
@@ -116,6 +146,7 @@ class _Walk:
         self.weight_bits, self.codes, self.thresholds = weight_bits, codes, thresholds
         self.modules = dict(traced.named_modules())
         self.values: dict[Node, Value] = {}
+        self.joining: dict[Node, list[Node]] = {}  # nodes whose results are that of the op for the key
 
     def run(self, view: View) -> str:
         for node in self.traced.graph.nodes:
@@ -130,16 +161,27 @@ class _Walk:
                 return self.values[result].name
             elif node.op != "get_attr":
                 self._layer(node)
+            for other in self.joining.pop(node, []):
+                self.values[other] = self.values[node]
         raise AssertionError("a traced network ends with its output")
 
     # -------------------------------------------------------------------------------------------------------- helpers
 
     def _input(self, node: Node, view: View) -> Value:
-        step = step_of(self.peaks.largest[node], ACTIVATION_BITS)
-        limits = symmetric(ACTIVATION_BITS)
-        rescale = view.rescale(step * 2 ** (ACTIVATION_BITS - 1), ACTIVATION_BITS, limits)
-        op = Requantise(inputs=(view.name,), outputs=(f"{node}.codes",), rescale=rescale, scale=step)
-        return Value(self.program.add(op), step)
+        tail = self._tail(node)
+        if tail.last is node:
+            target = Target(step_of(self._peak(node), ACTIVATION_BITS), *symmetric(ACTIVATION_BITS))
+        else:
+            target = self._target(tail)
+        rescale = view.rescale(target.step * 2 ** (ACTIVATION_BITS - 1), ACTIVATION_BITS, target.limits)
+        op = Requantise(inputs=(view.name,), outputs=(f"{node}.codes",), rescale=rescale, scale=target.step)
+        return Value(self.program.add(op), target.step)
+
+    def _peak(self, node: Node) -> float:
+        """The largest magnitude of a result on the calibration features."""
+        if not self.peaks.measured:
+            raise self._refused(node, "no QuantActivation follows it, and there are no features to calibrate with")
+        return self.peaks.largest[node]
 
     def _kind(self, node: Node) -> Any:
         """The module, function or method name that a node calls."""
@@ -153,31 +195,54 @@ class _Walk:
             return kind if isinstance(kind, (nn.ReLU, nn.Hardtanh)) else None
         return _RELUS[kind]() if kind in _RELUS else None
 
-    def _tail(self, node: Node, norm: bool) -> tuple[list[Node], nn.Module | None, nn.Module | None]:
-        """The nodes that join `node`, each being the only user: batch normalisation (if `norm`), then a ReLU."""
-        chain, found = [node], None
-        following = self._only_user(node)
-        if norm and following is not None and following.op == "call_module":
-            kind = self._kind(following)
-            if isinstance(kind, (nn.BatchNorm2d, nn.BatchNorm1d)):
+    def _tail(self, node: Node, norm: bool = False, gate: bool = False) -> _Tail:
+        """What joins `node`, each being the only user of the one before: batch normalisation (if `norm`), a hard gate (if
+        `gate`), a ReLU, a QuantActivation."""
+        chain: list[Node] = [node]
+        found: list[nn.Module | None] = []
+        wanted = (
+            (lambda n: self._module_of(n, (nn.BatchNorm2d, nn.BatchNorm1d))) if norm else None,
+            (lambda n: self._module_of(n, HardGate)) if gate else None,
+            self._relu,
+            lambda n: self._module_of(n, QuantActivation),
+        )
+        for kind in wanted:
+            following = self._only_user(chain[-1])
+            module = kind(following) if kind is not None and following is not None else None
+            found.append(module)
+            if module is not None and following is not None:
                 chain.append(following)
-                found = kind
-                following = self._only_user(following)
-        activation = self._relu(following) if following is not None else None
-        if activation is not None and following is not None:
-            chain.append(following)
-        return chain, found, activation
+        self.joining[node] = chain
+        return _Tail(chain[-1], *found)  # type: ignore[arg-type]
+
+    def _module_of(self, node: Node, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> Any:
+        """The module that `node` calls, if it is of these kinds."""
+        module = self._kind(node) if node.op == "call_module" else None
+        return module if isinstance(module, kinds) else None
 
     @staticmethod
     def _only_user(node: Node) -> Node | None:
         users = list(node.users)
         return users[0] if len(users) == 1 else None
 
-    def _target(self, node: Node, activation: nn.Module | None = None) -> Target:
-        """Codes of a node's result; the network's result gets 16 bits, with room for twice what was seen."""
-        if all(user.op == "output" for user in node.users):
-            return Target.of(2 * self.peaks.largest[node], WIDE_BITS, activation)
-        return Target.of(self.peaks.largest[node], ACTIVATION_BITS, activation)
+    def _target(self, tail: _Tail, bound: float | None = None) -> Target:
+        """Codes of a result: those of its QuantActivation, or 8 bits that hold what was seen.
+
+        The network's result gets 16 bits, with room for twice what was seen, or for `bound`, which it cannot leave.
+        """
+        if tail.quantiser is not None:
+            step = float(tail.quantiser.step().detach())
+            low, high = tail.quantiser.limits(step)
+            if tail.activation is not None:
+                joined = Target.of(step * high, ACTIVATION_BITS, tail.activation)
+                top = getattr(tail.activation, "max_val", math.inf)
+                low, high = max(low, joined.low), min(high, round(top / step) if top < math.inf else high)
+            return Target(step, low, high)
+        if all(user.op == "output" for user in tail.last.users):
+            if bound is not None and not self.peaks.measured:
+                return Target.of(bound, WIDE_BITS, tail.activation)
+            return Target.of(2 * self._peak(tail.last), WIDE_BITS, tail.activation)
+        return Target.of(self._peak(tail.last), ACTIVATION_BITS, tail.activation)
 
     def _weights(self, name: str, parameter: Tensor) -> WeightCodes:
         found = self.codes.get(name)
@@ -210,12 +275,12 @@ class _Walk:
         elif (activation := self._relu(node)) is not None:
             self.values[node] = self._activation(node, activation)
         elif kind in _FUNCTIONS:
-            made = _FUNCTIONS[kind]()
-            self.values[node] = conv.tabulated(self.program, self._source(node), made, self._target(node), str(node))
+            made, target = _FUNCTIONS[kind](), self._target(self._tail(node))
+            self.values[node] = conv.tabulated(self.program, self._source(node), made, target, str(node))
         elif kind in _ADD:
-            self._sum(node)
+            self.values[node] = self._sum(node)
         elif kind in _MUL:
-            self._product(node)
+            self.values[node] = self._product(node)
         else:
             self.values[node] = self._moved(node, kind)
 
@@ -224,14 +289,15 @@ class _Walk:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return self._linear(node, module, x)
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
-            chain, _, activation = self._tail(node, norm=False)
-            target = self._target(chain[-1], activation)
-            value = conv.normalised(self.program, x, Affine.of(module, module.num_features), target, name)
-            return self._joined(chain, value)
+            target = self._target(self._tail(node))
+            return conv.normalised(self.program, x, Affine.of(module, module.num_features), target, name)
         if isinstance(module, (nn.ReLU, nn.Hardtanh)):
             return self._activation(node, module)
+        if isinstance(module, QuantActivation):
+            target = self._target(_Tail(node, None, None, None, module))
+            return requantised(self.program, x, target.step, target.limits, name)
         if isinstance(module, _TABLES):
-            return conv.tabulated(self.program, x, module, self._target(node), name)
+            return conv.tabulated(self.program, x, module, self._target(self._tail(node)), name)
         if isinstance(module, (nn.LSTM, nn.GRU)):
             return lower_rnn(self.program, x, module, str(node.target), self.weight_bits, self.thresholds)
         if isinstance(module, nn.MaxPool2d):
@@ -241,7 +307,7 @@ class _Walk:
             return self._move(MaxPool(inputs=(x.name,), outputs=(name,), window=window), x)
         if isinstance(module, nn.AvgPool2d):
             window = self._window(node, module.kernel_size, module.stride, module.padding, module.ceil_mode)
-            return conv.averaged(self.program, x, window, self._target(node), name)
+            return conv.averaged(self.program, x, window, self._target(self._tail(node)), name)
         if isinstance(module, nn.AdaptiveAvgPool2d):
             if module.output_size not in (1, (1, 1)):
                 raise self._refused(node, "only output size 1, the mean of the image")
@@ -256,33 +322,39 @@ class _Walk:
             return x
         raise self._refused(node)
 
-    def _joined(self, chain: list[Node], value: Value) -> Value:
-        """`value` is the result of the whole chain."""
-        self.values |= dict.fromkeys(chain, value)
-        return value
-
     def _linear(self, node: Node, module: nn.Conv2d | nn.Linear, x: Value) -> Value:
-        chain, norm, activation = self._tail(node, norm=True)
-        target = self._target(chain[-1], activation)
+        tail = self._tail(node, norm=True, gate=True)
         codes = self._weights(f"{node.target}.weight", module.weight)
-        affine = Affine.of(norm, len(codes.codes))  # type: ignore[arg-type]
+        affine = Affine.of(tail.norm, len(codes.codes))
+        if tail.gate is not None:
+            affine = Affine(affine.gain * tail.gate.slope, affine.shift * tail.gate.slope + tail.gate.offset)
+        target = self._target(tail, self._bound(x, codes, module, affine))
+        if tail.gate is not None:
+            target = Target(target.step, max(target.low, 0), min(target.high, round(1 / target.step)))
         if isinstance(module, nn.Linear):
-            return self._joined(chain, conv.linear(self.program, x, module, codes, affine, target, str(node)))
-        return self._joined(chain, conv.conv2d(self.program, x, module, codes, affine, target, str(node)))
+            return conv.linear(self.program, x, module, codes, affine, target, str(node))
+        return conv.conv2d(self.program, x, module, codes, affine, target, str(node))
+
+    def _bound(self, x: Value, codes: WeightCodes, module: nn.Conv2d | nn.Linear, affine: Affine) -> float:
+        """The largest magnitude that a layer can make of any input in the range of `x`."""
+        largest = self.program.tensors[x.name].magnitude * x.step
+        reach = np.abs(codes.decode().astype(np.float64).reshape(len(codes.codes), -1)).sum(axis=1) * largest
+        bias = 0.0 if module.bias is None else np.abs(module.bias.detach().double().cpu().numpy())
+        return float((np.abs(affine.gain) * (reach + bias) + np.abs(affine.shift)).max())
 
     def _activation(self, node: Node, activation: nn.Module) -> Value:
-        target = self._target(node, activation)
+        tail = self._tail(node)  # a second ReLU changes nothing
+        target = self._target(_Tail(tail.last, None, None, activation, tail.quantiser))
         return requantised(self.program, self._source(node), target.step, target.limits, str(node))
 
-    def _sum(self, node: Node) -> None:
+    def _sum(self, node: Node) -> Value:
         if not all(isinstance(arg, Node) and arg in self.values for arg in node.args[:2]):
             raise self._refused(node, "only tensors are added; give a constant to a bias")
-        chain, _, activation = self._tail(node, norm=False)
-        target = self._target(chain[-1], activation)
+        target = self._target(self._tail(node))
         values = [self._source(node, place) for place in (0, 1)]
-        self._joined(chain, conv.added(self.program, values, target, str(node)))
+        return conv.added(self.program, values, target, str(node))
 
-    def _product(self, node: Node) -> None:
+    def _product(self, node: Node) -> Value:
         factors = [self._scalar(arg) for arg in node.args[:2]]
         for place, factor in enumerate(factors):
             if factor is not None:  # a factor changes what the codes stand for, not the codes
@@ -293,12 +365,10 @@ class _Walk:
                     flipped = Rescale((-1,), 0, *twos_complement(WIDE_BITS))
                     op = Requantise(inputs=(x.name,), outputs=(str(node),), rescale=flipped, scale=-x.step * factor)
                     x = Value(self.program.add(op), -x.step)
-                self.values[node] = Value(x.name, x.step * factor)
-                return
-        chain, _, activation = self._tail(node, norm=False)
-        target = self._target(chain[-1], activation)
+                return Value(x.name, x.step * factor)
+        target = self._target(self._tail(node))
         a, b = (self._source(node, place) for place in (0, 1))
-        self._joined(chain, conv.multiplied(self.program, a, b, target, str(node)))
+        return conv.multiplied(self.program, a, b, target, str(node))
 
     def _scalar(self, argument: Any) -> float | None:
         if isinstance(argument, (int, float)):
@@ -321,7 +391,8 @@ class _Walk:
 
     def _image_mean(self, node: Node, x: Value) -> Value:
         height, width, _ = self.program.tensors[x.name].shape
-        return conv.averaged(self.program, x, Window((height, width), (height, width)), self._target(node), str(node))
+        target = self._target(self._tail(node), self.program.tensors[x.name].magnitude * x.step)
+        return conv.averaged(self.program, x, Window((height, width), (height, width)), target, str(node))
 
     def _upsampled(self, node: Node, x: Value, mode: Any, factor: Any) -> Value:
         pair = (factor, factor) if isinstance(factor, (int, float)) else factor
@@ -386,7 +457,8 @@ class _Walk:
         x, name = self._source(node), str(node)
         frames, width = self.program.tensors[x.name].shape
         image = self._move(Reshape(inputs=(x.name,), outputs=(f"{name}.image",), shape=(frames, 1, width)), x)
-        value = conv.averaged(self.program, image, Window((frames, 1), (frames, 1)), self._target(node), f"{name}.mean")
+        target = self._target(self._tail(node), self.program.tensors[x.name].magnitude * x.step)
+        value = conv.averaged(self.program, image, Window((frames, 1), (frames, 1)), target, f"{name}.mean")
         return self._move(Reshape(inputs=(value.name,), outputs=(name,), shape=(width,)), value)
 
     def _item(self, node: Node) -> Value:
@@ -408,7 +480,7 @@ class _Walk:
         raise self._refused(node, "only [:, -1] is available")
 
     def _concat(self, node: Node) -> Value:
-        nodes, target = node.args[0], self._target(node)
+        nodes, target = node.args[0], self._concat_target(node)
         assert isinstance(nodes, (list, tuple))
         sources = [source for source in nodes if isinstance(source, Node)]
         axis = self._axis(node, len(self.peaks.shape[node]), int(self._argument(node, 1, "dim", 0)))
@@ -418,3 +490,13 @@ class _Walk:
         ]
         names = tuple(value.name for value in values)
         return Value(self.program.add(Concat(inputs=names, outputs=(str(node),), axis=axis)), target.step)
+
+    def _concat_target(self, node: Node) -> Target:
+        """One step for all parts: their own where they share it, as copies of one value do."""
+        tail = self._tail(node)
+        nodes = node.args[0]
+        assert isinstance(nodes, (list, tuple))
+        steps = {self.values[source].step for source in nodes if isinstance(source, Node)}
+        if tail.quantiser is None and not self.peaks.measured and len(steps) == 1:
+            return Target(steps.pop(), *twos_complement(ACTIVATION_BITS))
+        return self._target(tail)

@@ -20,6 +20,7 @@ from kestrel.models.block_lstm import BlockLSTM
 from kestrel.models.evaluate import Features, ProgressCallback
 from kestrel.models.inventory import weight_codes
 from kestrel.models.network import Network
+from kestrel.models.quant_net import QuantNet
 from kestrel.quant.integer import twos_complement
 
 if TYPE_CHECKING:
@@ -30,7 +31,24 @@ FEATURES, LOGITS, CLASS = "features", "logits", "class"
 BATCH = 128  # clips whose tensors stay in the processor's cache
 
 Lowering = Callable[[Program, View, Network, int], str]
-LOWERINGS: dict[type[Network], Lowering] = {BlockLSTM: cast(Lowering, lower_block_lstm)}
+
+
+def lower_quant_net(program: Program, view: View, net: Network, weight_bits: int) -> str:
+    """A network with trained ranges of activations by its layers; weights keep the codes that they were trained with."""
+    net.set_phase("eval")
+    return _named(program, lower_network(program, view, net, None, weight_bits, weight_codes(net, weight_bits)))
+
+
+def _named(program: Program, made: str) -> str:
+    """The result `made` under the name of the logits."""
+    return program.add(Reshape(inputs=(made,), outputs=(LOGITS,), shape=program.tensors[made].shape))
+
+
+LOWERINGS: dict[type[Network], Lowering] = {BlockLSTM: cast(Lowering, lower_block_lstm), QuantNet: lower_quant_net}
+
+
+def _lowering(net: Network) -> Lowering | None:
+    return next((lowering for kind, lowering in LOWERINGS.items() if isinstance(net, kind)), None)
 
 
 def lower(
@@ -47,7 +65,7 @@ def lower(
     the setting.
     """
     post = cast("Post", spotter.post)
-    lowering = LOWERINGS.get(type(spotter.net))
+    lowering = _lowering(spotter.net)
     if lowering is None and calibration is None:
         name = type(spotter.net).__name__
         raise KestrelError(f"{name} has no trained ranges of activations: its integer form needs training features")
@@ -75,8 +93,7 @@ def _calibrated(graph: IntegerGraph, view: View, spotter: KeywordSpotter, weight
     net.set_phase("eval")
     with torch.no_grad():
         made = lower_network(graph, view, net, spotter.post(features), weight_bits, weight_codes(net, weight_bits))
-    op = Reshape(inputs=(made,), outputs=(LOGITS,), shape=graph.tensors[made].shape)
-    return graph.add(op)
+    return _named(graph, made)
 
 
 def made_in_fixed_point(data: Features) -> bool:

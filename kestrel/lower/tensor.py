@@ -54,7 +54,7 @@ class Tensor:
 
 # Bits that an element takes when it is stored packed. `int<b>` is two's complement; `odd<b>` holds k of the odd value
 # 2k + 1, k two's complement of b bits (half-integer grids such as +-0.5, +-1.5, at twice their value); binary = odd1,
-# -1 and +1; ternary -1, 0, +1, five values to a byte. `sparse<b>` holds a bit for every element, and int<b> for those that
+# -1 and +1; ternary -1, 0, +1, five values to a byte; power4 +-2^e, e = 0..7. `sparse<b>` holds a bit for every element, and int<b> for those that
 # are not zero: the bits here are those of an element that is zero.
 STORAGE_BITS: dict[str, float] = {
     **{f"int{bits}": bits for bits in (*range(2, 9), 16, 32)},
@@ -62,6 +62,7 @@ STORAGE_BITS: dict[str, float] = {
     **{f"sparse{bits}": 1 for bits in range(2, 9)},
     "binary": 1,
     "ternary": 1.6,
+    "power4": 4,
 }
 
 
@@ -101,7 +102,10 @@ class Constant:
             raise KestrelError(f"a constant needs more than 32 bits or an unknown storage {self.storage!r}")
         low, high = self.range_of(self.storage)
         fits = self.values.size == 0 or (self.values.min() >= low and self.values.max() <= high)
-        if not fits or (self.storage.startswith(("odd", "binary")) and not (self.values & 1).all()):
+        odd = self.storage.startswith(("odd", "binary")) and not (self.values & 1).all()
+        magnitude = np.abs(self.values)
+        power = self.storage == "power4" and ((magnitude & (magnitude - 1)) | (magnitude == 0)).any()
+        if not fits or odd or power:
             raise KestrelError(f"a constant's values do not fit its storage {self.storage}: use more weight bits")
 
     @staticmethod
@@ -109,6 +113,8 @@ class Constant:
         """Smallest and largest value of a storage."""
         if storage in ("binary", "ternary"):
             return -1, 1
+        if storage == "power4":
+            return -128, 128
         low, high = twos_complement(field_bits(storage))
         return (2 * low + 1, 2 * high + 1) if storage.startswith("odd") else (low, high)
 

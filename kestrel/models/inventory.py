@@ -57,7 +57,9 @@ def weight_codes(net: Network, analog_bits: int) -> dict[str, WeightCodes]:
         values = group.tensor.detach().float().cpu().numpy()
         if not np.isfinite(values).all():
             raise KestrelError(f"weights {group.name!r} are not finite; train again with a lower learning rate")
-        if group.bits is None:
+        if group.codes is not None:
+            codes[group.name] = group.codes
+        elif group.bits is None:
             codes[group.name] = encode(values, analog_bits)
         else:
             codes[group.name] = encode(values, group.bits, group.limit)
@@ -66,14 +68,15 @@ def weight_codes(net: Network, analog_bits: int) -> dict[str, WeightCodes]:
 
 @contextlib.contextmanager
 def decoded_weights(net: Network, codes: dict[str, WeightCodes]) -> Iterator[None]:
-    """Inside, the network computes with the weights that `codes` stand for; afterwards with its own again."""
+    """Inside, the network computes as deployed, with the weights that `codes` stand for; afterwards as before."""
     state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     kept = {name: state[name].detach().clone() for name in codes}
     try:
         with torch.no_grad():
             for name, group in codes.items():
                 state[name].copy_(torch.from_numpy(group.decode()))
-        yield
+        with net.deployed():
+            yield
     finally:
         with torch.no_grad():
             for name, values in kept.items():

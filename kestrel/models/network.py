@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from kestrel.errors import unknown
+from kestrel.quant.packing import WeightCodes
 
 Phase = Literal["pretrain", "retrain", "eval"]
 PHASES = ("pretrain", "retrain", "eval")
@@ -19,12 +22,14 @@ class WeightGroup:
 
     `name` is its key in the network's state_dict. `tensor` is the effective value (clamped; quantised where the
     network quantises weights). `limit` is the range of its quantiser, None where unbounded; `bits` None = analog.
+    `codes`: the integers that it was trained with, where its grid is not that of `limit` and `bits`.
     """
 
     name: str
     tensor: Tensor
     limit: float | None
     bits: int | None
+    codes: WeightCodes | None = None
 
 
 class Network(nn.Module):
@@ -47,6 +52,11 @@ class Network(nn.Module):
             raise unknown("phase", phase, PHASES)
         self.phase = phase
         self.train(phase != "eval")
+
+    @contextlib.contextmanager
+    def deployed(self) -> Iterator[None]:
+        """Inside, evaluation quantises what the device does, also where training did not (static activation ranges)."""
+        yield
 
     def project(self) -> None:
         """Bring parameters back into their bounds; called after each optimiser step."""

@@ -2,11 +2,14 @@
 
 A code is a signed integer; weight = code * scale. Codes of b bits are stored as b-bit fields one after the other, least
 significant bit first, with no gap between them; the unused bits of the last byte are zero. Fields of 2 to 16 bits hold
-two's complement; a field of 1 bit holds the sign of a code that is -1 (bit set) or +1.
+two's complement; a field of 1 bit holds the sign of a code that is -1 (bit set) or +1. Other storages (the names of
+kestrel.lower.tensor.STORAGE_BITS): `odd<b>` fields hold k of the code 2k + 1; `ternary` codes stand five to a byte, the first
+as the least significant digit of code + 1 in base 3; `power4` fields hold the exponent e of +-2^e, with the sign above it.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,13 +59,64 @@ def unpack(data: bytes, bits: int, count: int) -> np.ndarray:
     return codes.astype(code_type(bits))
 
 
+_TRITS = 3 ** np.arange(5)  # of a byte
+
+
+def pack_storage(codes: npt.ArrayLike, storage: str) -> bytes:
+    """Integer `codes` (any shape, row-major order) as bytes in `storage`. Raises ValueError where a code does not fit."""
+    flat = np.asarray(codes).reshape(-1).astype(np.int64)
+    if storage == "binary":
+        return pack(flat, 1)
+    if storage == "ternary":
+        if flat.size and np.abs(flat).max() > 1:
+            raise ValueError("a code is not ternary")
+        digits = np.zeros(-(-flat.size // 5) * 5, np.int64)
+        digits[: flat.size] = flat + 1
+        return (digits.reshape(-1, 5) @ _TRITS).astype(np.uint8).tobytes()
+    if storage == "power4":
+        exponents = np.log2(np.maximum(np.abs(flat), 1)).astype(np.int64)
+        if (np.abs(flat) != 1 << exponents).any() or exponents.max(initial=0) > 7:
+            raise ValueError("a code is not a signed power of two up to 128")
+        return pack(np.where(flat < 0, exponents - 8, exponents), 4)
+    bits = int(re.sub(r"\D", "", storage))
+    if storage.startswith("odd"):
+        if not (flat & 1).all():
+            raise ValueError("a code of an odd grid is even")
+        return pack((flat - 1) // 2, bits)
+    return pack(flat, bits)
+
+
+def unpack_storage(data: bytes, storage: str, count: int) -> np.ndarray:
+    """The first `count` codes of `data`, the inverse of `pack_storage`: int8 or int16 [count]."""
+    if storage == "ternary":
+        numbers = np.frombuffer(data, np.uint8).astype(np.int64)
+        return ((numbers[:, None] // _TRITS % 3).reshape(-1)[:count] - 1).astype(np.int8)
+    if storage == "power4":
+        fields = unpack(data, 4, count).astype(np.int64)
+        return np.where(fields < 0, -(1 << (fields & 7)), 1 << (fields & 7)).astype(np.int16)
+    bits = 1 if storage == "binary" else int(re.sub(r"\D", "", storage))
+    codes = unpack(data, bits, count)
+    return (2 * codes.astype(np.int16) + 1) if storage.startswith("odd") else codes
+
+
 @dataclass(frozen=True)
 class WeightCodes:
-    """A weight array as integers: value = code * scale, with one scale for all or one per index of the first axis."""
+    """A weight array as integers: value = code * scale, with one scale for all or one per index of the first axis.
+
+    `storage` says how codes are packed; None = two's complement fields of `bits`, or signs at 1 bit.
+    """
 
     codes: np.ndarray  # int8 or int16, the shape of the weights
     scale: np.ndarray  # float32 [1] or [first axis]
     bits: int
+    storage: str | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """The name of the storage (a key of kestrel.lower.tensor.STORAGE_BITS)."""
+        if self.storage is not None:
+            return self.storage
+        return "binary" if self.bits == 1 else f"int{self.bits if self.bits <= 8 else 16}"
 
     def decode(self) -> np.ndarray:
         """The weights that the codes stand for, float32."""
@@ -71,7 +125,7 @@ class WeightCodes:
 
     def packed(self) -> bytes:
         """The codes at their bits, as stored."""
-        return pack(self.codes, self.bits)
+        return pack(self.codes, self.bits) if self.storage is None else pack_storage(self.codes, self.storage)
 
     def scale_bytes(self) -> bytes:
         """The scales as stored, little-endian float32."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kestrel.models.block_lstm import BlockLSTM
 from kestrel.models.inventory import layers, parameters, weight_codes
 from kestrel.models.network import Network
+from kestrel.models.quant_net import QuantNet
 
 _ELEMENTWISE = (
     nn.BatchNorm1d,
@@ -122,6 +123,11 @@ def _(net: BlockLSTM) -> tuple[nn.Module, str]:
     outputs = net.readout.weight.shape[-1]
     module = _Blocks(blocks, inputs, gates // 4, outputs)
     return module, f"{blocks} x (nn.LSTM({inputs}, {gates // 4}) + nn.Linear({gates // 4}, {outputs}))"
+
+
+@equivalent.register
+def _(net: QuantNet) -> tuple[nn.Module, str]:
+    return net.plain(), "the network itself, of plain layers"
 
 
 def thop_check(net: nn.Module, frames: int, width: int) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import graph_kit
 import lower_kit
 import numpy as np
 import pytest
+import quant_kit
 import torch
 from torch import nn
 
@@ -24,6 +26,7 @@ from kestrel.export.c_files import write_c
 from kestrel.export.c_frontend import wav_input
 from kestrel.export.c_model import generate
 from kestrel.frontend.fixed import FixedFrontend
+from kestrel.frontend.post import Post
 from kestrel.frontend.spec import FrontendSpec
 from kestrel.lower.graph import IntegerGraph, Scan
 from kestrel.lower.memory import plan_memory, replaced_states
@@ -31,8 +34,12 @@ from kestrel.lower.ops import PRODUCTS, ArgMax, MatMul, Requantise, Reshape
 from kestrel.lower.rnn import Thresholds
 from kestrel.lower.spotter import lower
 from kestrel.lower.tensor import Constant, Tensor
+from kestrel.models.quant_net import LowBitPlan
+from kestrel.models.spotter import KeywordSpotter
 from kestrel.quant.integer import Rescale, rounding_shift
 from kestrel.settings import to_dict
+
+GRIDS = ("8bit", "4bitsym", "2bitsym", "ternary", "binary", "fp130", "dorefa8")
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("gcc") is None or shutil.which("make") is None, reason="needs gcc and make: apt-get install gcc make"
@@ -62,6 +69,13 @@ def pruned(make: Callable[[], nn.Module], **settings: Any) -> IntegerGraph:
     return graph
 
 
+def trained(grid: str, **settings: Any) -> IntegerGraph:
+    """A net trained with few bits, with the codes and scales of its training."""
+    torch.manual_seed(4)
+    net = quant_kit.trained(quant_kit.LowBitNet(LowBitPlan(grid, **settings)), steps=6)
+    return lower(KeywordSpotter(Post([], (lower_kit.FRAMES, lower_kit.WIDTH)), net), lower_kit.FEATURE_SCALE)
+
+
 GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "blocks": block_lstm,
     "mixed": lambda: net(lower_kit.MixedNet),
@@ -77,6 +91,8 @@ GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "delta lstm of 2 bits": lambda: net(
         lambda: lower_kit.Recurrent(nn.LSTM), thresholds=Thresholds(0.1, 0.05), weight_bits=2
     ),
+    **{f"trained {grid}": functools.partial(trained, grid) for grid in GRIDS},
+    "trained and pruned": lambda: trained("4bitsym", prune=0.7),
 }
 STREAMING = {"blocks"}  # the others rescale all features first
 
