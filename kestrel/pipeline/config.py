@@ -18,7 +18,7 @@ from kestrel.pipeline.pretrained import find
 from kestrel.score.spec import ScoreSpec
 from kestrel.settings import build, dump_yaml, load_yaml, merge, parse_assignment, setting, to_dict
 from kestrel.store.hashing import sha256_json
-from kestrel.train.spec import PhaseSpec, TrainSpec
+from kestrel.train.spec import RetrainSpec, TrainSpec
 
 DESCRIPTIONS = ("summary", "try")  # of a recipe.yaml, for people
 SECTIONS = ("frontend", "feature", "augment", "model", "train", "retrain", "score", "export")
@@ -59,7 +59,7 @@ class Config:
     augment: AugmentSpec = field(default_factory=AugmentSpec)
     model: Any = None
     train: TrainSpec = field(default_factory=TrainSpec)
-    retrain: PhaseSpec | None = setting(None, "")
+    retrain: RetrainSpec | None = setting(None, "")
     score: ScoreSpec = field(default_factory=ScoreSpec)
     export: ExportSpec = field(default_factory=ExportSpec)
 
@@ -296,7 +296,12 @@ def resolve(root: Path, options: Options, start: Path) -> Config:
     config.augment = build(AugmentSpec, data.get("augment"), "augment")
     config.model = build(recipe.ModelSpec, data.get("model"), "model")
     config.train = build(TrainSpec, data.get("train"), "train")
-    config.retrain = build(PhaseSpec, data["retrain"], "retrain") if data.get("retrain") is not None else None
+    config.retrain = build(RetrainSpec, data["retrain"], "retrain") if data.get("retrain") is not None else None
+    if config.retrain is not None and config.retrain.start is not None:
+        given = config.retrain.start
+        config.retrain.start = resolve_path(root, given, start if "start" in sets.get("retrain", {}) else root)
+        if not (root / config.retrain.start).is_file():
+            raise UsageError(f"retrain.start: {given}: no such file")
     config.score = build(ScoreSpec, data.get("score"), "score")
     config.export = build(ExportSpec, data.get("export"), "export")
     for name, phase in (("train", config.train), ("retrain", config.retrain)):

@@ -155,7 +155,8 @@ def settings_of(run: Run, stage: str) -> dict[str, Any]:
     if stage == "pretrain":
         return {**network, "train": train}
     if stage == "retrain":
-        return {**network, "batch_size": config.train.batch_size, "train": section(config.retrain)}
+        phase = None if config.retrain is None else _without(to_dict(config.retrain), ("start",))  # that is an input
+        return {**network, "batch_size": config.train.batch_size, "train": phase}
     shared = {
         "recipe": config.recipe,
         "variant": config.variant,
@@ -236,6 +237,10 @@ def inputs_of(run: Run, stage: str) -> dict[str, str | None]:
     if stage == "pretrain":
         return features(("train", "validation"))
     if stage == "retrain":
+        start = config.retrain.start if config.retrain is not None else None
+        if start is not None:
+            path = run.root / start
+            return {**features(("train", "validation")), "start": _file_id(run, path) if path.exists() else None}
         return {**features(("train", "validation")), "pretrain": result_id(run.out("pretrain"))}
     name, path = run.checkpoint()
     if name == "checkpoint":
@@ -255,6 +260,9 @@ def _missing(run: Run, stage: str, name: str) -> str:
         return f"corpus.{key} does not exist: {getattr(run.config.corpus, key)}"
     if key == "checkpoint":
         return f"--checkpoint {run.config.checkpoint} does not exist"
+    if key == "start":
+        assert run.config.retrain is not None
+        return f"retrain.start does not exist: {run.config.retrain.start}"
     if key == "feature" and run.config.feat_dir is not None:
         return f"{run.config.feat_dir} has no {name.split()[1]}.h5"
     number = _MADE_BY[key]
@@ -268,6 +276,8 @@ def present(run: Run, stage: str) -> str | None:
         return f"features are given by --feat-dir {run.config.feat_dir}"
     if stage == "retrain" and run.config.retrain is None:
         return f"recipe {run.config.recipe} has no such stage"
+    if stage == "pretrain" and run.config.retrain is not None and run.config.retrain.start is not None:
+        return f"stage 4 starts from {run.config.retrain.start}"
     return None
 
 

@@ -158,7 +158,6 @@ def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
     """
     import torch
 
-    from kestrel.store.checkpoint import load
     from kestrel.train.data import Split
     from kestrel.train.loop import Job, train
     from kestrel.train.signals import StopFlag
@@ -168,7 +167,7 @@ def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
         validation_file = feature_file(run, "validation")
         spotter = build_spotter(run, (validation_file.shape[1], validation_file.shape[2]))
         if stage == "retrain":
-            spotter.load_state_dict(load(run.out("pretrain") / "best.pt")["model"])
+            _start_retraining(run, spotter)
         else:
             with feature_file(run, "train") as file:
                 spotter.post.fit(torch.from_numpy(batch) for batch in file.iterate())
@@ -181,6 +180,33 @@ def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
         held_out = Split(validation_file, batch_size=config.train.eval_batch_size)
         result = train(job, spotter, training_split(run), held_out, progress=progress(stage), stop=stop)
     log.info("best validation accuracy %.2f %% (%s)", 100 * result.best_accuracy, result.best.relative_to(run.root))
+
+
+def _start_retraining(run: Run, spotter: KeywordSpotter) -> None:
+    """Give `spotter` the best weights of stage 3, or those of the checkpoint `retrain.start`.
+
+    Buffers that such a checkpoint lacks (masks of a pruning that begins now) stay as they are.
+    """
+    from kestrel.models.compact import state_of
+    from kestrel.store.checkpoint import load
+
+    config = run.config
+    start = None if config.retrain is None else config.retrain.start
+    if start is None:
+        spotter.load_state_dict(load(run.out("pretrain") / "best.pt")["model"])
+        return
+    content = load(run.root / start)
+    who, state = content.get("identity", {}), state_of(content, start)
+    for key, expected in (("recipe", config.recipe), ("classes", config.classes), ("post", config.feature.post)):
+        if who.get(key) != expected:
+            raise KestrelError(f"retrain.start: {start} has another {key}: {who.get(key)}, the run has {expected}")
+    own = spotter.state_dict()
+    weights = {name for name, _ in spotter.named_parameters()}
+    wrong = sorted((weights - state.keys()) | (state.keys() - own.keys()))
+    wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    if wrong:
+        raise KestrelError(f"retrain.start: {start} is a checkpoint of another network: {', '.join(wrong[:3])}")
+    spotter.load_state_dict({**own, **state})
 
 
 def train_stage(run: Run, stage: Literal["pretrain", "retrain"]) -> tuple[list[str], tuple[str, ...]]:

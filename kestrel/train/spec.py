@@ -28,6 +28,13 @@ class PhaseSpec:
 
 
 @dataclass
+class RetrainSpec(PhaseSpec):
+    """Stage 4."""
+
+    start: str | None = setting(None, "checkpoint to start from in place of stage 3's result")
+
+
+@dataclass
 class TrainSpec(PhaseSpec):
     """Stage 3, and what both training stages share."""
 
