@@ -11,12 +11,14 @@ from torch import Tensor as Real
 
 from kestrel.errors import KestrelError
 from kestrel.lower.block_lstm import lower_block_lstm
+from kestrel.lower.delta_network import lower_delta_network
 from kestrel.lower.graph import IntegerGraph, Program, calibrated_scale, input_codes
 from kestrel.lower.network import lower_network
 from kestrel.lower.ops import ArgMax, Reshape
 from kestrel.lower.post import View, lower_post
 from kestrel.lower.tensor import Tensor
 from kestrel.models.block_lstm import BlockLSTM
+from kestrel.models.delta_rnn import DeltaNetwork
 from kestrel.models.evaluate import Features, ProgressCallback
 from kestrel.models.inventory import weight_codes
 from kestrel.models.network import Network
@@ -44,7 +46,11 @@ def _named(program: Program, made: str) -> str:
     return program.add(Reshape(inputs=(made,), outputs=(LOGITS,), shape=program.tensors[made].shape))
 
 
-LOWERINGS: dict[type[Network], Lowering] = {BlockLSTM: cast(Lowering, lower_block_lstm), QuantNet: lower_quant_net}
+LOWERINGS: dict[type[Network], Lowering] = {
+    BlockLSTM: cast(Lowering, lower_block_lstm),
+    DeltaNetwork: cast(Lowering, lower_delta_network),
+    QuantNet: lower_quant_net,
+}
 
 
 def _lowering(net: Network) -> Lowering | None:

@@ -76,6 +76,11 @@ def trained(grid: str, **settings: Any) -> IntegerGraph:
     return lower(KeywordSpotter(Post([], (lower_kit.FRAMES, lower_kit.WIDTH)), net), lower_kit.FEATURE_SCALE)
 
 
+def delta(**model: Any) -> IntegerGraph:
+    return lower(lower_kit.delta_spotter([{"normalise": "channel"}], **model), lower_kit.FEATURE_SCALE)
+
+
+FIXED = {"qa": 1, "qw": 1, "qc": 1, "qcw": 1}
 GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "blocks": block_lstm,
     "mixed": lambda: net(lower_kit.MixedNet),
@@ -88,6 +93,13 @@ GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "pruned gru of 4 bits": lambda: pruned(
         lambda: lower_kit.Recurrent(nn.GRU), thresholds=Thresholds(0.1, 0.2), weight_bits=4
     ),
+    "delta network": lambda: delta(thx=0.3, thh=0.1, rnn_layers=2, fc_extra_size=7),
+    "pruned delta lstm network": lambda: delta(
+        rnn_type="LSTM", thx=0.3, thh=0.1, cbtd_from="pretrain", gamma_rnn=0.75, num_array_pe=4
+    ),
+    "fixed delta network": lambda: delta(thx=0.3, thh=0.1, decision="last_speech", **FIXED),
+    "dense lstm network rounded down": lambda: delta(rnn_type="LSTM", **dict.fromkeys(FIXED, 2)),
+    "hard delta network": lambda: delta(thx=0.3, thh=0.1, use_hardsigmoid=True, use_hardtanh=True),
     "delta lstm of 2 bits": lambda: net(
         lambda: lower_kit.Recurrent(nn.LSTM), thresholds=Thresholds(0.1, 0.05), weight_bits=2
     ),

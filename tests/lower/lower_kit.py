@@ -15,6 +15,7 @@ from kestrel.lower.ops import ArgMax
 from kestrel.lower.post import lower_post
 from kestrel.lower.tensor import Tensor as Codes
 from kestrel.models.block_lstm import BlockLSTM
+from kestrel.models.delta_rnn import DeltaNetwork
 from kestrel.models.spotter import KeywordSpotter
 
 FEATURE_SCALE = 2.0**-11
@@ -131,6 +132,21 @@ def spotter_of(post: list[dict[str, Any]] | None = None, seed: int = 0, **model:
     spotter.eval()
     net.set_phase("eval")
     return spotter
+
+
+def delta_spotter(post: list[dict[str, Any]] | None = None, seed: int = 0, **model: Any) -> KeywordSpotter:
+    """An untrained delta network with weights large enough for gates and logits to move."""
+    torch.manual_seed(seed)
+    steps = Post(post or [], (FRAMES, WIDTH))
+    steps.fit([features(2, 256)])
+    settings = {"rnn_size": 12, "delta_from": "pretrain", **model}
+    net = DeltaNetwork(input_size=steps.output_shape[1], classes=CLASSES, **settings)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    net.set_phase("pretrain")
+    net.project()
+    net.set_phase("eval")
+    return KeywordSpotter(steps, net).eval()
 
 
 def codes_of(graph: IntegerGraph, values: Tensor) -> np.ndarray:
