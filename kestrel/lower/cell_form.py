@@ -50,9 +50,7 @@ class CellForm:
         bits = max(source.high, -source.low).bit_length() + 1
         if self.numerics.gate is not None and bits <= _TABLE_BITS:
             table = table_of(self._exact(kind, source, self.numerics.gate), *source.limits)
-            return Lookup(
-                inputs=(x,), outputs=(y,), table=Constant.of(table), first=source.low, scale=self.gate.step
-            )
+            return Lookup(inputs=(x,), outputs=(y,), table=Constant.of(table), first=source.low, scale=self.gate.step)
         step_bits = _SEGMENT_BITS if not self.fixed else max(bits - _TABLE_BITS, 1)
         segments, nodes = _segments(self.numerics, kind, source, self.gate, limits, step_bits)
         return Interpolate(

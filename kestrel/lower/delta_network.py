@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
-from kestrel.errors import KestrelError
 from kestrel.lower.cell_form import CellForm, fixed_form, float_form
 from kestrel.lower.graph import Program, Scan, State
 from kestrel.lower.ops import (
@@ -32,8 +30,7 @@ from kestrel.lower.tensor import Constant, Tensor
 from kestrel.lower.value import Grid, Value
 from kestrel.models.delta_rnn import DeltaNetwork
 from kestrel.models.inventory import weight_codes
-from kestrel.nn.delta_fixed import Fixed
-from kestrel.quant.integer import INT32, Rescale, symmetric
+from kestrel.quant.integer import Rescale, symmetric
 from kestrel.quant.packing import WeightCodes
 
 X_BITS, H_BITS, WIDE_BITS = 14, 13, 16
@@ -45,7 +42,11 @@ def lower_delta_network(program: Program, view: View, net: DeltaNetwork, weight_
     net.set_phase("eval")
     codes = weight_codes(net, weight_bits)
     numerics = net.rnn.numerics
-    form = fixed_form(numerics) if numerics.activation is not None else float_form(Grid(2.0**-12, *symmetric(H_BITS)), numerics)
+    form = (
+        fixed_form(numerics)
+        if numerics.activation is not None
+        else float_form(Grid(2.0**-12, *symmetric(H_BITS)), numerics)
+    )
     x = _inputs(program, view, form)
     rnn = net.rnn
     for index in range(rnn.num_layers):
@@ -59,7 +60,11 @@ def lower_delta_network(program: Program, view: View, net: DeltaNetwork, weight_
         prefix = "rnn" if rnn.num_layers == 1 else f"rnn.{index}"
         x = lower_layer(program, x, rnn.kind, weights, prefix, form, acting)
     if net.fc_extra is not None:
-        grid = form.hidden if form.fixed else _reaching(program, x, codes["fc_extra.weight"], _bias(codes, "fc_extra"), X_BITS)
+        grid = (
+            form.hidden
+            if form.fixed
+            else _reaching(program, x, codes["fc_extra.weight"], _bias(codes, "fc_extra"), X_BITS)
+        )
         x = _linear(program, x, codes, "fc_extra", Grid(grid.step, 0, grid.high, grid.down))  # ReLU
     if net.logit_format is not None:
         grid = Grid(net.logit_format.step, *net.logit_format.limits, net.logit_format.rounding == "floor")
@@ -152,9 +157,7 @@ def _last_speech(program: Program, z: Value, silence: int) -> str:
         State(kept, name("kept.next"), held),
         State(quiet, name("quiet.next"), Tensor((1,), 0, 1), Constant.of(np.ones(1, np.int64), 8)),
     )
-    scan = Scan(
-        inputs=(z.name,), outputs=(name("frame"),), body=body, steps=(frame,), states=states, last=(kept,)
-    )
+    scan = Scan(inputs=(z.name,), outputs=(name("frame"),), body=body, steps=(frame,), states=states, last=(kept,))
     made = program.add(scan)
     return program.add(Reshape(inputs=(made,), outputs=(_LOGITS,), shape=(classes,)))
 

@@ -131,7 +131,9 @@ class _Layer:
             whole = [value.step / finest for value in parts]
             reach = sum(self.body.tensors[v.name].magnitude * m for v, m in zip(parts, whole, strict=True))
             if any(m != int(m) for m in whole) or reach > INT32[1]:
-                raise KestrelError(f"a sum in {self.prefix} takes more than 32 bits: choose narrower fixed-point formats")
+                raise KestrelError(
+                    f"a sum in {self.prefix} takes more than 32 bits: choose narrower fixed-point formats"
+                )
             multipliers = tuple(int(m) for m in whole)
             exact = AddRequantise(
                 inputs=inputs, outputs=(f"{name}.sum",), multipliers=multipliers, shift=0, low=INT32[0], high=INT32[1]
@@ -190,8 +192,8 @@ def lower_rnn(
         return tensor.detach().double().cpu().numpy()
 
     for index in range(rnn.num_layers):
-        matrices = (encode(array(part, index), weight_bits) for part in ("weight_ih", "weight_hh"))
-        weights = LayerWeights(*matrices, array("bias_ih", index), array("bias_hh", index))
+        w_ih, w_hh = (encode(array(part, index), weight_bits) for part in ("weight_ih", "weight_hh"))
+        weights = LayerWeights(w_ih, w_hh, array("bias_ih", index), array("bias_hh", index))
         prefix = name if rnn.num_layers == 1 else f"{name}.{index}"
         x = lower_layer(program, x, kind, weights, prefix, float_form(), thresholds)
     return x

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kestrel.errors import KestrelError
+from kestrel.errors import KestrelError, UsageError
 from kestrel.pipeline.config import Options, resolve
 from kestrel.pipeline.stages import (
     SPLITS,
@@ -451,3 +451,23 @@ def test_a_stage_alone_says_that_what_it_takes_is_out_of_date(open_run: Open) ->
     assert lines[0].startswith("taking stage 3 pretrain as it is, but settings changed: train.lr ")
     assert "--stage 3" in lines[0]
     assert outdated_inputs(open_run("score.chip=2", force=True), "score") == []
+
+
+def test_retraining_may_start_elsewhere(open_run: Open, tmp_path: Path) -> None:
+    """Stage 3 falls away, and the content of the checkpoint decides whether stage 4 is up to date, not its place."""
+    here, there = tmp_path / "here.pt", tmp_path / "there.pt"
+    here.write_bytes(b"weights")
+    run = open_run(f"retrain.start={here}", recipe="spartus")
+    do(run, "download", "prepare", "feature")
+    assert (actions(run)["pretrain"], actions(run)["retrain"]) == ("absent", "run")
+    do(run, "retrain")
+    assert actions(run)["retrain"] == "skip"
+    there.write_bytes(b"weights")
+    moved = open_run(f"retrain.start={there}", recipe="spartus")
+    assert actions(moved)["retrain"] == "skip"
+    there.write_bytes(b"others")
+    assert actions(moved)["retrain"] == "run"
+    there.unlink()
+    assert "retrain.start does not exist" in status(moved, "retrain").reason
+    with pytest.raises(UsageError, match=r"retrain\.start: .* no such file"):
+        open_run(f"retrain.start={there}", recipe="spartus")
