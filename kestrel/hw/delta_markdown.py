@@ -38,11 +38,20 @@ def section(figures: TraceFigures | None, obstacle: str) -> str:
         "",
         table(("time goes to", "cycles per frame", "share"), _breakdown(figures)),
         "",
-        table(("layer", "inputs", "units", "cycles", "active inputs", "active states", "balance"), _layers(figures)),
+        table(
+            (
+                *("layer", "inputs", "units", "cycles", "active inputs", "active states"),
+                *("columns of an array, mean", "of the fullest", "balance"),
+            ),
+            _layers(figures),
+        ),
     ]
     notes = []
     if figures.assumed:
         notes.append(f"Constants that were not published, and are assumed: {', '.join(figures.assumed)}.")
+    if any(layer.nonzeros is not None for layer in figures.layers):
+        beats = ", ".join(str(layer.nonzeros) for layer in figures.layers)
+        notes.append(f"Weights of a column in the fullest PE, by layer: {beats}; as many cycles as a column takes.")
     if not figures.fits:
         notes.append("The weights do not fit into the memory of this machine.")
     notes.append("Front end, class layer and waiting between frames are not counted.")
@@ -123,6 +132,8 @@ def _layers(figures: TraceFigures) -> list[tuple[int | str | None, ...]]:
             _number(layer.cycles),
             percent(layer.input_occupancy),
             percent(layer.hidden_occupancy),
+            f"{_number(layer.mean_load)}",
+            f"{_number(layer.worst_load)}",
             f"{layer.balance:.3f}",
         )
         for number, layer in enumerate(figures.layers)

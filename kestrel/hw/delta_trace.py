@@ -29,7 +29,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """A layer over all frames: mean cycles of a frame, shares of active columns, balance of the arrays."""
+    """A layer over all frames: mean cycles of a frame, shares of active columns, balance of the arrays.
+
+    mean_load, worst_load: active columns in a frame of an array on average, and of the array that has most.
+    """
 
     inputs: int
     hidden: int
@@ -39,6 +42,8 @@ class LayerFigures:
     input_occupancy: float
     hidden_occupancy: float
     balance: float
+    mean_load: float
+    worst_load: float
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,8 @@ class TraceMeter:
             input_occupancy=sums["active_inputs"] / (frames * layer.inputs),
             hidden_occupancy=sums["active_hidden"] / (frames * layer.hidden),
             balance=_balance(sums["mean_load"], sums["worst_load"] - sums["mean_load"]),
+            mean_load=sums["mean_load"] / frames,
+            worst_load=sums["worst_load"] / frames,
         )
 
 

@@ -130,6 +130,7 @@ class DeltaNetwork(Network):
         self.head, self.tail = label_head, label_tail
         self.cbtd_from, self.anneal, self.interval = cbtd_from, alpha_anneal_epoch, cbtd_interval
         self.pruner: Pruner | None = None
+        self.pruner_pes = num_array_pe * cbtd_group  # PEs that get the same work in each column
         if cbtd_from != "none":
             balance = Balance(float(gamma_rnn), num_array_pe, cbtd_group)
             plan = {f"rnn.{name}": balance for name, _ in self.rnn.named_parameters() if name.startswith("weight")}

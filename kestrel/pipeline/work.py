@@ -331,6 +331,7 @@ def score_stage(run: Run) -> list[str]:
             seed=config.seed,
             chip=config.score.chip,
             chips=config.score.chips,
+            machine=config.score.machine,
             batch_size=config.train.eval_batch_size,
             feature_scale=_feature_scale(run),
             analog_bits=config.export.weight_bits,

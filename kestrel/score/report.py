@@ -50,6 +50,7 @@ class Evidence:
     hardware: Figures | None  # None: there is no hardware model of the network, for the reason `no_hardware`
     no_hardware: str
     chips: programmed.Study | None  # None: a single chip was scored
+    deltas: str = ""  # the sections of a delta network
 
 
 def report(result: Mapping[str, Any], evidence: Evidence) -> str:
@@ -63,7 +64,7 @@ def report(result: Mapping[str, Any], evidence: Evidence) -> str:
         _confusions(evidence),
         _training(evidence),
         _layers(evidence),
-        hardware_section(evidence.hardware, evidence.no_hardware),
+        evidence.deltas or hardware_section(evidence.hardware, evidence.no_hardware),
         _reproduce(result),
         _files(evidence),
     ]
@@ -302,6 +303,10 @@ def _files(evidence: Evidence) -> str:
         "",
         "* result.json: the figures of this page, for programs",
         "* scores.csv: a line per clip with its true class, the answer and the softmax score of every class",
-        "* confusion.png" + (", curves.png" if evidence.stages else "") + (", chips.png" if evidence.chips else ""),
+        *(["* sparsity.csv: a line per clip with its shares of zero deltas and its cycles"] if evidence.deltas else []),
+        "* confusion.png"
+        + (", curves.png" if evidence.stages else "")
+        + (", chips.png" if evidence.chips else "")
+        + (", sparsity.png, deltas.png" if evidence.deltas else ""),
     ]
     return "\n".join(lines)

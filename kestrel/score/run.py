@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kestrel.errors import KestrelError
+from kestrel.hw.delta_markdown import summary as cycles_summary
 from kestrel.hw.markdown import summary as hardware_summary
 from kestrel.hw.network import hardware
 from kestrel.lower.answers import Answers, answers, float64_answers, lowered, predict_decoded
@@ -19,6 +20,7 @@ from kestrel.lower.graph import IntegerGraph
 from kestrel.lower.memory import plan_memory
 from kestrel.lower.sound import SoundAnswers, sound_answers
 from kestrel.lower.spotter import made_in_fixed_point
+from kestrel.models.delta_rnn import DeltaNetwork
 from kestrel.models.evaluate import (
     Passes,
     ProgressCallback,
@@ -31,11 +33,12 @@ from kestrel.models.evaluate import (
 )
 from kestrel.models.inventory import device_figures, evaluation_noise_of, network_shape
 from kestrel.score import chips as programmed
-from kestrel.score import plots
+from kestrel.score import delta_plots, deltas, plots
 from kestrel.score.count import Counts, count
 from kestrel.score.metrics import DIGITS, confusion, per_class, worst_confusions
 from kestrel.score.report import Evidence, WrongClip, report
 from kestrel.store.atomic import atomic_folder, disk_error, write_json, write_text
+from kestrel.store.markdown import percent
 
 if TYPE_CHECKING:
     from kestrel.models.spotter import KeywordSpotter
@@ -57,6 +60,7 @@ def score(
     seed: int,
     chip: int,
     chips: int = 1,
+    machine: str = "spartus",
     batch_size: int,
     provenance: Mapping[str, Any],
     feature_scale: float | None,
@@ -77,6 +81,7 @@ def score(
         identity: recipe, variant, tag, seed, classes and config_hash of the run.
         split: name of the split that `data` holds.
         seed, chip: key of the noise drawn in evaluation; with the same `batch_size` every scoring gives the same files.
+        machine: accelerator of the cycle model of delta networks (a file of conf/hw).
         chips: chips that are scored beside and after `chip`; result.json then has their spread in `chips`.
         provenance: checkpoint_sha256, git_commit, git_dirty, torch, device, train_seconds, command (PROVENANCE).
         feature_scale: scale of the integer model's feature codes (kestrel.lower.spotter.feature_scale_of); None where it
@@ -93,8 +98,11 @@ def score(
     figures, no_figures = hardware(spotter.net, network_shape(spotter)[0])
     from_sound = audio is not None and not made_in_fixed_point(data)
     passes = Passes(progress, data.shape[0], chips - 1 + (1 if graph is None else 3 + from_sound))
-    with evaluation_noise(seed, chip, device_of(spotter)):
+    with evaluation_noise(seed, chip, device_of(spotter)), deltas.recorded(spotter.net) as transmitted:
         logits = predict(spotter, data, batch_size, passes.next())  # [N, C]
+    saved = None
+    if transmitted is not None and isinstance(spotter.net, DeltaNetwork):
+        saved = deltas.study(spotter.net, transmitted, machine)
     if logits.shape[1] != len(names):
         raise KestrelError(
             f"the network has {logits.shape[1]} outputs for {len(names)} classes: take its own checkpoint"
@@ -129,6 +137,7 @@ def score(
         **({"integer_obstacle": obstacle} if integer is None else integer.figures()),
         **({"fixed_frontend_obstacle": silence} if sound is None else sound.figures()),
         **({"energy_obstacle": no_figures} if figures is None else figures.record()),
+        **({} if saved is None else saved.record()),
         **(extra or {}),
         "input_shape": list(counts.input_shape),
         "thop": _thop(counts),
@@ -157,6 +166,7 @@ def score(
         hardware=figures,
         no_hardware=no_figures,
         chips=spread,
+        deltas="" if saved is None else deltas.section(saved, data.utt_ids),
     )
     try:
         with atomic_folder(out_dir) as folder:
@@ -166,12 +176,21 @@ def score(
             plots.confusion_matrix(matrix, names, title, folder / "confusion.png")
             if spread is not None:
                 programmed.picture(spread, folder / programmed.PICTURE)
+            if saved is not None:
+                deltas.write_clips(saved, data, folder / deltas.CLIPS_FILE)
+                delta_plots.shares(saved.clips, folder / deltas.SHARES_PICTURE)
+                clip = f"{data.utt_ids[saved.shown]}, {names[data.labels[saved.shown]]}"
+                delta_plots.deltas(saved.trace, clip, folder / deltas.TRACE_PICTURE)
             if stages:
                 plots.curves(stages, folder / "curves.png")
             write_text(folder / "report.md", report(result, evidence))
     except OSError as error:
         raise disk_error(out_dir, error) from error
-    log.info("%s", f"no energy figure: {no_figures}" if figures is None else hardware_summary(figures))
+    if saved is None:
+        log.info("%s", f"no energy figure: {no_figures}" if figures is None else hardware_summary(figures))
+    else:
+        text = f"no cycles: {saved.obstacle}" if saved.figures is None else cycles_summary(saved.figures)
+        log.info("%s; %s of the weights are 0", text, percent(saved.weights["all"]))
     return result
 
 

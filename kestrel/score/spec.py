@@ -28,9 +28,11 @@ class ScoreSpec:
     )
     adc_draw: Literal["column", "chip", "fixed"] | None = setting(None, "how adc_* are drawn; null = as the model")
 
+    machine: str = setting("spartus", "accelerator of the cycle model of delta networks, a file of conf/hw")
+
     # Done-markers hold these only where they are not the default, so that older results stay up to date.
     ADDED_LATER: ClassVar[tuple[str, ...]] = (
-        *("chips", "noise_read", "noise_program", "adc_offset", "adc_gain", "adc_inl", "adc_draw"),
+        *("chips", "noise_read", "noise_program", "adc_offset", "adc_gain", "adc_inl", "adc_draw", "machine"),
     )
 
     def deviations(self) -> dict[str, float | str]:
