@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 #define KSF_WINDOW 256
-#define KSF_SLACK 16 /* samples that may arrive while a frame is copied */
+#define KSF_SLACK 8  /* samples that may arrive while a frame is copied */
 #define KSF_RING (KSF_WINDOW + KSF_SLACK)
 #define KSF_SUMS 9
 
