@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +60,21 @@ class Network(nn.Module):
 
     def project(self) -> None:
         """Bring parameters back into their bounds; called after each optimiser step."""
+
+    def successor(self, *, to_train: bool = False) -> Network:
+        """The network that is deployed, and that a later stage trains: itself, or what a search found in it.
+
+        `to_train`: it is about to be trained, and may be wanted with fresh weights.
+        """
+        return self
+
+    def structure(self) -> dict[str, Any] | None:
+        """Plain data from which `with_structure` makes the network again; None where the settings say it all."""
+        return None
+
+    def with_structure(self, structure: Mapping[str, Any]) -> Network:
+        """The network of that structure under the same settings, with fresh weights."""
+        raise NotImplementedError
 
     def macs(self, frames: int) -> int:
         """Multiply-adds of one clip of `frames` frames (matrix products; activations and biases not counted)."""

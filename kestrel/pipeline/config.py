@@ -93,8 +93,9 @@ def _length_overrides(base: dict, delta: dict) -> dict:
     for given, other in (("epochs", "steps"), ("steps", "epochs")):
         if delta.get(given) is not None and delta.get(other) is None:
             base.pop(other, None)
-            if "lr_steps" not in delta:
+            if "lr_steps" not in delta and "lr_epochs" not in delta:
                 base.pop("lr_steps", None)
+                base.pop("lr_epochs", None)
     return merge(base, delta)
 
 

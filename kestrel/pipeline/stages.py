@@ -151,7 +151,7 @@ def settings_of(run: Run, stage: str) -> dict[str, Any]:
         "augment": section(config.augment),
         "model": section(config.model),
     }
-    train = _without(to_dict(config.train), FREE_TRAIN)
+    train = _without(section(config.train), FREE_TRAIN)
     if stage == "pretrain":
         return {**network, "train": train}
     if stage == "retrain":
@@ -300,7 +300,7 @@ def _prefix_of(old: dict[str, Any], new: dict[str, Any]) -> bool:
     phase = new["train"]
     if phase["schedule"] != "segments":
         return False
-    return len(phase["lr"]) == 1 or len(phase["lr_steps"]) >= len(phase["lr"]) - 1
+    return len(phase["lr"]) == 1 or len(phase["lr_steps"] or phase.get("lr_epochs", [])) >= len(phase["lr"]) - 1
 
 
 def _longer(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kestrel.train.data import Split
 
 log = logging.getLogger("kestrel")
+DRAWN = ("curves.png", "search.png")
+FOUND = ("architecture.yaml", "search.csv")  # of a search
 
 
 def obtain_corpus(run: Run) -> None:
@@ -168,6 +170,7 @@ def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
         spotter = build_spotter(run, (validation_file.shape[1], validation_file.shape[2]))
         if stage == "retrain":
             _start_retraining(run, spotter)
+            spotter.net = spotter.net.successor(to_train=True)
         else:
             with feature_file(run, "train") as file:
                 spotter.post.fit(torch.from_numpy(batch) for batch in file.iterate())
@@ -176,6 +179,8 @@ def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
         begun = read_json(started_file(run.out(stage)))
         settings = {key: value for key, value in begun["settings"].items() if key != "train"}
         who = identity(run, validation_file, sha256_json([settings, begun["inputs"]]))
+        if (structure := spotter.net.structure()) is not None:
+            who["structure"] = structure
         job = Job(stage=stage, phase=phase, train=config.train, seed=config.seed, out_dir=run.out(stage), identity=who)
         held_out = Split(validation_file, batch_size=config.train.eval_batch_size)
         result = train(job, spotter, training_split(run), held_out, progress=progress(stage), stop=stop)
@@ -200,6 +205,8 @@ def _start_retraining(run: Run, spotter: KeywordSpotter) -> None:
     for key, expected in (("recipe", config.recipe), ("classes", config.classes), ("post", config.feature.post)):
         if who.get(key) != expected:
             raise KestrelError(f"retrain.start: {start} has another {key}: {who.get(key)}, the run has {expected}")
+    if "structure" in who:
+        spotter.net = spotter.net.with_structure(who["structure"])
     own = spotter.state_dict()
     weights = {name for name, _ in spotter.named_parameters()}
     wrong = sorted((weights - state.keys()) | (state.keys() - own.keys()))
@@ -215,7 +222,8 @@ def train_stage(run: Run, stage: Literal["pretrain", "retrain"]) -> tuple[list[s
         run_processes(run, stage, run.config.train.processes)
     else:
         train_here(run, stage)
-    return ["best.pt", "metrics.csv", "curves.png", "last.pt", "time.json"], ("last.pt", "time.json", "curves.png")
+    outputs, volatile = ["best.pt", "metrics.csv", *DRAWN, "last.pt", "time.json"], ("last.pt", "time.json", *DRAWN)
+    return [name for name in (*outputs, *FOUND) if (run.out(stage) / name).exists()], volatile
 
 
 def _with_defaults(settings: type, data: Any) -> Any:
@@ -251,7 +259,10 @@ def load_checkpoint(run: Run) -> tuple[KeywordSpotter, dict[str, Any], Path]:
                 f"{path} is a checkpoint of another configuration: its {key} is {who.get(key)}, the run has {expected}"
             )
     spotter = build_spotter(run, tuple(who["input_shape"]))
+    if "structure" in who:
+        spotter.net = spotter.net.with_structure(who["structure"])
     spotter.load_state_dict(state_of(content, str(path)))
+    spotter.net = spotter.net.successor()
     deviations = config.score.deviations()
     if deviations:
         if not hasattr(spotter.net, "evaluate_with"):

@@ -6,20 +6,21 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kestrel.errors import KestrelError
 from kestrel.store import checkpoint
 from kestrel.store.atomic import disk_error, read_json, remove_stale, write_json
 
 BEST, LAST, TIME, NONFINITE = "best.pt", "last.pt", "time.json", "nonfinite.pt"
-Standing = tuple[int, float]  # (correct validation clips, -validation loss): larger is better
+Standing = tuple[int, float]  # (correct validation clips, -validation loss), or (step, 0): larger is better
 NOTHING: Standing = (-1, -math.inf)
+Keep = Literal["best", "last"]
 
 
-def standing(correct: int, loss: float) -> Standing:
-    """What candidates are compared by: accuracy, then lower loss."""
-    return correct, -loss
+def standing(correct: int, loss: float, step: int, keep: Keep) -> Standing:
+    """What candidates are compared by: accuracy, then lower loss; or the step, where the last one is kept."""
+    return (correct, -loss) if keep == "best" else (step, 0.0)
 
 
 def prepare_folder(out_dir: Path) -> None:
@@ -59,22 +60,25 @@ def load_resumable(out_dir: Path, identity: dict[str, Any]) -> dict[str, Any] | 
 class Keeper:
     """Writes checkpoints; a failure is raised only while there is no older last.pt, and at the end."""
 
-    def __init__(self, out_dir: Path, identity: dict[str, Any], log: logging.Logger) -> None:
-        self.out_dir, self.identity, self.log = out_dir, identity, log
+    def __init__(self, out_dir: Path, identity: dict[str, Any], log: logging.Logger, which: Keep = "best") -> None:
+        self.out_dir, self.identity, self.log, self.which = out_dir, identity, log, which
         self.best, self.last = out_dir / BEST, out_dir / LAST
         self._pending: dict[str, Any] | None = None
         self._failures: dict[str, KestrelError] = {}
         # A killed run may leave a best.pt newer than its last.pt. It is only ever replaced by a better one.
         self._kept = NOTHING
         if self.best.exists():
-            metrics = checkpoint.load(self.best)["metrics"]
-            self._kept = standing(metrics["validation_correct"], metrics["validation_loss"])
+            self._kept = self._standing(checkpoint.load(self.best)["metrics"])
         clock = read_json(out_dir / TIME) if (out_dir / TIME).exists() else {}
         self._seconds, self._starts = float(clock.get("train_seconds", 0.0)), int(clock.get("starts", 0)) + 1
 
+    def _standing(self, metrics: dict[str, Any]) -> Standing:
+        correct, loss = metrics["validation_correct"], metrics["validation_loss"]
+        return standing(correct, loss, metrics.get("step", 0), self.which)
+
     def offer(self, model: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Write best.pt if this candidate is strictly better than the one on disk."""
-        candidate = standing(metrics["validation_correct"], metrics["validation_loss"])
+        candidate = self._standing(metrics)
         if candidate > self._kept:
             self._kept = candidate
             self._pending = checkpoint.snapshot({"model": model, "identity": self.identity, "metrics": metrics})

@@ -28,9 +28,10 @@ from kestrel.train.data import Batch, Split
 from kestrel.train.device import choose_device, seed_generator
 from kestrel.train.history import Row, Running, write_metrics
 from kestrel.train.keeper import BEST, LAST, NOTHING, Keeper, Standing, load_resumable, prepare_folder, standing
-from kestrel.train.optimizer import make_optimizer
+from kestrel.train.optimizer import make_optimizer, undecayed
 from kestrel.train.ranks import Ranks
 from kestrel.train.schedule import phase_steps, schedule
+from kestrel.train.search import Search, search_of
 from kestrel.train.signals import StopFlag
 from kestrel.train.spec import PhaseSpec, TrainSpec
 from kestrel.train.validation import Evaluation, evaluate
@@ -136,11 +137,15 @@ class _Training:
         self.split, self.validation = train.to(self.device), validation.to(self.device)
         self.per_epoch = spotter.net.updates_per_epoch = train.batches_per_epoch
         self.total = phase_steps(job.phase, self.per_epoch, job.section)
-        self.rate = schedule(job.phase, self.total, job.section)
-        self.parameters: list[Tensor] = [parameter for parameter in spotter.parameters() if parameter.requires_grad]
+        self.rate = schedule(job.phase, self.total, job.section, self.per_epoch)
+        self.search: Search | None = search_of(self.spotter, self.validation, job, self.total, ranks, log)
+        apart = {id(parameter) for parameter in self.search.parameters} if self.search is not None else set()
+        self.parameters: list[Tensor] = [
+            parameter for parameter in spotter.parameters() if parameter.requires_grad and id(parameter) not in apart
+        ]
         if not self.parameters:
             raise KestrelError("the network has no trainable parameters")
-        self.optimizer = make_optimizer(job.phase, self.parameters, self.device)
+        self.optimizer = make_optimizer(job.phase, self.parameters, self.device, undecayed(spotter, job.phase))
         self.keeper: Keeper | None = None
 
         self.step = 0
@@ -171,6 +176,7 @@ class _Training:
             "batch_size": self.split.batch_size,
             "model": self.spotter.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            **({} if self.search is None else {"search": self.search.state()}),
             "history": self.history,
             "running": self.running.state(),
             "best": None if self.best == NOTHING else {"standing": self.best, "accuracy": self.best_accuracy},
@@ -182,7 +188,7 @@ class _Training:
         self.ranks.on_first(lambda: prepare_folder(job.out_dir))
         state = self.ranks.on_first(lambda: load_resumable(job.out_dir, job.identity))
         if self.ranks.first:
-            self.keeper = Keeper(job.out_dir, job.identity, self.log)
+            self.keeper = Keeper(job.out_dir, job.identity, self.log, job.phase.keep)
         if state is None:
             self.ranks.equalise([*self.spotter.parameters(), *self.spotter.buffers()])
             self.log.info("%s: %s", job.stage, self._plan())
@@ -208,7 +214,7 @@ class _Training:
                 f"{last} is at step {self.step}, past the end at {self.total}: raise {section}.epochs (or .steps)"
                 " or start anew with --force"
             )
-        if not self.rate.agrees(schedule(self.job.phase, state["total"], section), self.step):
+        if not self.rate.agrees(schedule(self.job.phase, state["total"], section, self.per_epoch), self.step):
             raise KestrelError(
                 f"{last} was trained for a length of {state['total']} steps and its learning rates depend on it:"
                 " restore the length, or start anew with --force"
@@ -217,6 +223,8 @@ class _Training:
         try:
             self.spotter.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.search is not None:
+                self.search.load(state["search"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise KestrelError(f"{last} does not fit the network ({reason}): start anew with --force") from None
@@ -255,6 +263,8 @@ class _Training:
                         self.leave()
                     began = time.monotonic()
                     self.update(batch)
+                    if self.search is not None:
+                        self.search.after_update(self.step)
                     self.learning += time.monotonic() - began
                     self._show_progress()
                     self.validate_if_due()
@@ -371,15 +381,18 @@ class _Training:
         trained = self.running.row()
         self.history.append(where | trained | measured)
         self.running = Running()
-        better = standing(found.correct, found.loss) > self.best
+        reached = standing(found.correct, found.loss, self.step, self.job.phase.keep)
+        better = reached > self.best
         if better:
-            self.best, self.best_accuracy = standing(found.correct, found.loss), found.accuracy
+            self.best, self.best_accuracy = reached, found.accuracy
         if self.keeper is not None:
             if better:
                 counts = {"validation_correct": found.correct, "validation_clips": found.clips}
                 self.keeper.offer(self.spotter.state_dict(), where | trained | measured | counts)
             self._write_pictures(at_most_every=CURVES_SECONDS)
             self.log.info("%s", self._line(trained, found, better, seconds))
+        if self.search is not None:
+            self.search.record(self.step, found, self.keeper)
         self.learning, self.learned = 0.0, 0
 
     def _write_pictures(self, at_most_every: float) -> None:
@@ -393,6 +406,8 @@ class _Training:
             title = f"{title} {self.job.stage}".strip()
             self.keeper.attempt(CURVES, lambda: draw_curves(out_dir / CURVES, rows, title))
             self.drawn = time.monotonic()
+            if self.search is not None:
+                self.search.draw(self.keeper)
 
     def finish(self) -> Result:
         """Write what is left to write. Raises KestrelError where a file could not be written to the end."""
@@ -436,7 +451,7 @@ class _Training:
         text = f"epoch {(self.step - 1) // self.per_epoch + 1}/{epochs}"
         text += f"  loss {self.running.loss / self.running.clips:.3f}"
         text += f"  accuracy {100 * self.running.correct / self.running.clips:.1f} %"
-        if self.best != NOTHING:
+        if self.best != NOTHING and self.job.phase.keep == "best":
             text += f"  best {100 * self.best_accuracy:.2f} %"
         self.progress(self.step, self.total, text)
 
@@ -452,7 +467,7 @@ class _Training:
         text += f"  lr {self.rate(max(self.step - 1, 0)):.3g}"
         if trained:
             text += f"  train loss {trained['train_loss']:.4f} accuracy {100 * trained['train_accuracy']:.2f} %"
-        text += f"  validation loss {found.loss:.4f} accuracy {100 * found.accuracy:.2f} %{' (best)' if better else ''}"
+        text += f"  validation loss {found.loss:.4f} accuracy {100 * found.accuracy:.2f} %{' (best)' if better and self.job.phase.keep == 'best' else ''}"
         if self.learning > 0:
             text += f"  {self.learned / self.learning:,.0f} clips/s"
         done = self.step - self.first_step

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kestrel.train.spec import PhaseSpec
 
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
-def make_optimizer(phase: PhaseSpec, parameters: list[Tensor], device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser of a phase; its learning rate is set before each update."""
+
+def undecayed(module: nn.Module, phase: PhaseSpec) -> list[Tensor]:
+    """Parameters that `no_decay_keys` spares weight decay."""
+    found: list[Tensor] = []
+    if phase.no_decay_keys == "none":
+        return found
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(part, _NORMS) or (phase.no_decay_keys == "bn#bias" and name.startswith("bias")):
+                found.append(parameter)
+    return found
+
+
+def make_optimizer(
+    phase: PhaseSpec, parameters: list[Tensor], device: torch.device, spared: list[Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of a phase; its learning rate is set before each update. `spared` parameters do not decay."""
     fused = True if device.type in ("cpu", "cuda") else None
     rate, decay = phase.lr[0], phase.weight_decay
+    kept = {id(parameter) for parameter in spared or ()}
+    groups: list[dict] = [{"params": [parameter for parameter in parameters if id(parameter) not in kept]}]
+    if kept:
+        groups.append({"params": [each for each in parameters if id(each) in kept], "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]
     if phase.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=phase.momentum, weight_decay=decay, fused=fused)
+        momentum = {"momentum": phase.momentum, "nesterov": phase.nesterov}
+        return torch.optim.SGD(groups, lr=rate, weight_decay=decay, fused=fused, **momentum)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[phase.optimizer]
-    return kind(parameters, lr=rate, weight_decay=decay, fused=fused)
+    return kind(groups, lr=rate, weight_decay=decay, fused=fused)

@@ -19,7 +19,7 @@ def phase_steps(phase: PhaseSpec, batches_per_epoch: int, where: str = "train") 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate by step: constant segments, or half a cosine from `rates[0]` to 0 over `total` steps.
+    """Learning rate by step: constant segments, or in each segment half a cosine from its rate to 0.
 
     `starts` holds the first step of each segment.
     """
@@ -31,9 +31,11 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Learning rate of the update number `step` (from 0)."""
-        if self.cosine:
-            return self.rates[0] * 0.5 * (1 + math.cos(math.pi * min(step, self.total) / max(self.total, 1)))
         segment = sum(start <= step for start in self.starts) - 1
+        if self.cosine:
+            start, stop = self.starts[segment], (*self.starts, self.total)[segment + 1]
+            share = (min(step, stop) - start) / max(stop - start, 1)
+            return self.rates[segment] * 0.5 * (1 + math.cos(math.pi * share))
         return self.rates[segment]
 
     def agrees(self, other: Schedule, steps: int) -> bool:
@@ -44,23 +46,26 @@ class Schedule:
         return all(self(step) == other(step) for step in edges)
 
 
-def schedule(phase: PhaseSpec, total: int, where: str = "train") -> Schedule:
-    """The learning rates of a phase of `total` steps. Raises UsageError where lr, lr_steps and schedule do not fit."""
+def schedule(phase: PhaseSpec, total: int, where: str = "train", batches_per_epoch: int = 1) -> Schedule:
+    """The learning rates of a phase of `total` steps. Raises UsageError where lr, lr_steps and lr_epochs do not fit."""
     rates = tuple(phase.lr)
     if not rates:
         raise UsageError(f"{where}.lr: expected at least one learning rate")
-    if phase.schedule == "cosine":
-        if len(rates) > 1 or phase.lr_steps:
-            raise UsageError(f"{where}.schedule: cosine takes one {where}.lr and no {where}.lr_steps")
-        return Schedule(total, rates, (0,), cosine=True)
-    if not phase.lr_steps:  # equal shares
-        return Schedule(total, rates, tuple(total * place // len(rates) for place in range(len(rates))))
-    lengths = phase.lr_steps
+    if phase.lr_steps and phase.lr_epochs:
+        raise UsageError(f"{where}: give one of {where}.lr_steps and {where}.lr_epochs")
+    name = "lr_epochs" if phase.lr_epochs else "lr_steps"
+    lengths = [length * batches_per_epoch for length in phase.lr_epochs] or phase.lr_steps
+    cosine = phase.schedule == "cosine"
+    if not lengths:  # equal shares
+        return Schedule(total, rates, tuple(total * place // len(rates) for place in range(len(rates))), cosine)
     if len(lengths) == len(rates) and sum(lengths) == total:
         lengths = lengths[:-1]
     if len(lengths) != len(rates) - 1:
         raise UsageError(
-            f"{where}.lr_steps: {len(rates)} learning rates need {len(rates) - 1} lengths (the last segment takes "
-            f"the rest) or {len(rates)} that add up to the {total} steps, not {phase.lr_steps}"
+            f"{where}.{name}: {len(rates)} learning rates need {len(rates) - 1} lengths (the last segment takes "
+            f"the rest) or {len(rates)} that add up to the {total} steps, not {getattr(phase, name)}"
         )
-    return Schedule(total, rates, tuple(itertools.accumulate(lengths, initial=0)))
+    starts = tuple(itertools.accumulate(lengths, initial=0))
+    if cosine and starts[-1] > total:
+        raise UsageError(f"{where}.{name}: {starts[-1]} steps before the last segment, the phase has {total}")
+    return Schedule(total, rates, starts, cosine)

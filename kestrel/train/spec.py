@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from kestrel.settings import setting
 
@@ -19,12 +19,23 @@ class PhaseSpec:
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "optimiser")
     lr: list[float] = setting([0.001], "learning rate of each segment", min=0)
     lr_steps: list[int] = setting([], "segments: batches of each, of the last if you like; empty = equal shares", min=0)
-    schedule: Literal["segments", "cosine"] = setting("segments", "segments: constant pieces; cosine: from lr[0] to 0")
+    lr_epochs: list[int] = setting([], "the same in passes over the training clips, in place of lr_steps", min=0)
+    schedule: Literal["segments", "cosine"] = setting(
+        "segments", "segments: constant pieces; cosine: each piece falls from its lr to 0"
+    )
     weight_decay: float = setting(0.0, "weight decay", min=0)
+    no_decay_keys: Literal["none", "bn", "bn#bias"] = setting(
+        "none", "parameters without weight decay: normalisation, or these and all biases"
+    )
     momentum: float = setting(0.9, "momentum of sgd", min=0, max=1)
+    nesterov: bool = setting(False, "Nesterov's momentum of sgd")
     grad_clip: float = setting(0.0, "largest gradient norm; 0 = no limit", min=0)
     label_smoothing: float = setting(0.0, "label smoothing", min=0, max=1)
     validate_every: int | None = setting(None, "batches between validations; null = once per epoch", min=1)
+    keep: Literal["best", "last"] = setting("best", "validation whose weights the stage leaves")
+
+    # Done-markers hold these only where they are not the default, so that older trainings stay up to date.
+    ADDED_LATER: ClassVar[tuple[str, ...]] = ("lr_epochs", "no_decay_keys", "nesterov", "keep")
 
 
 @dataclass

@@ -40,6 +40,14 @@ def test_equal_shares(total: int, rates: list[float]) -> None:
         assert abs(used.count(value) - share) <= rates.count(value)
 
 
+def test_cosine_starts_anew_in_each_segment() -> None:
+    rate = schedule(PhaseSpec(epochs=6, lr=[0.1, 0.4], lr_epochs=[2], schedule="cosine"), 60, "train", 10)
+    assert [rate(0), rate(20)] == [0.1, 0.4]
+    assert rate(10) == pytest.approx(0.05)
+    assert rate(40) == pytest.approx(0.2)
+    assert rate(19) < 0.01 and rate(60) == pytest.approx(0)
+
+
 def test_cosine_falls_from_the_rate_to_zero() -> None:
     rate = schedule(PhaseSpec(steps=100, lr=[0.1], schedule="cosine"), 100)
     assert rate(0) == 0.1
@@ -70,8 +78,9 @@ def test_agreement_of_the_steps_already_made() -> None:
         ({"lr": []}, "at least one learning rate"),
         ({"lr": [0.1, 0.2], "lr_steps": [1, 2]}, r"2 learning rates need 1 lengths .* or 2 .* 10 steps, not"),
         ({"lr": [0.1, 0.2], "lr_steps": [1, 2, 7]}, r"2 learning rates need 1 lengths .*, not"),
-        ({"lr": [0.1, 0.2], "schedule": "cosine"}, "cosine takes one train.lr"),
-        ({"lr": [0.1], "lr_steps": [5], "schedule": "cosine"}, "no train.lr_steps"),
+        ({"lr": [0.1, 0.2], "lr_steps": [11], "schedule": "cosine"}, "11 steps before the last segment"),
+        ({"lr": [0.1], "lr_steps": [5], "schedule": "cosine"}, "1 learning rates need 0 lengths"),
+        ({"lr": [0.1, 0.2], "lr_epochs": [1], "lr_steps": [5]}, "give one of train.lr_steps and train.lr_epochs"),
     ],
 )
 def test_settings_that_contradict_each_other(options: dict, message: str) -> None:
