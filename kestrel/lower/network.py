@@ -26,6 +26,7 @@ from kestrel.lower.ops import Concat, MaxPool, Requantise, Reshape, Slice, Trans
 from kestrel.lower.post import View
 from kestrel.lower.rnn import Thresholds, lower_rnn
 from kestrel.lower.value import ACTIVATION_BITS, WIDE_BITS, Value, requantised, step_of
+from kestrel.nn.channel_major import BatchNorm2d
 from kestrel.nn.condenser import HardGate
 from kestrel.nn.low_bit import LowBit, QuantActivation
 from kestrel.quant.integer import Rescale, symmetric, twos_complement
@@ -60,7 +61,8 @@ class _Tracer(fx.Tracer):
     """Takes quantised layers as they are."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (LowBit, QuantActivation, HardGate)) or super().is_leaf_module(m, module_qualified_name)
+        own = (LowBit, QuantActivation, HardGate, BatchNorm2d)
+        return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Peaks(fx.Interpreter):

@@ -138,6 +138,24 @@ class _RoundToStep(torch.autograd.Function):
         return grad * inside, to_step, None, None
 
 
+class _RoundStatic(torch.autograd.Function):
+    """clamp(round(x / step), low, high) * step for a step without a gradient; x gets one where `bounds` enclose it.
+
+    Works in place on one copy, and keeps no more than x: behind a ReLU nothing has to be clipped before it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, step, low, high, bounds):
+        ctx.save_for_backward(x)
+        ctx.bounds = bounds
+        return (x / step).clamp_(low, high).round_().mul_(step)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, x, *ctx.bounds), None, None, None, None
+
+
 class _Up(torch.autograd.Function):
     """Rounded up to a whole number, with an identity gradient."""
 
@@ -219,7 +237,11 @@ class QuantActivation(nn.Module):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        found = x.abs().amax() if self.signed else x.amax().clamp(min=0)
+        if self.signed:
+            low, high = torch.aminmax(x)
+            found = torch.maximum(-low, high)
+        else:
+            found = x.amax().clamp(min=0, max=6 if self.activation == "relu6" else None)
         if self.ranges == "max" or not bool(self.largest):
             self.largest.copy_(torch.maximum(self.largest, found))
         else:
@@ -234,9 +256,10 @@ class QuantActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if self.activation == "relu6":
+        static = self.quantised and not plain_ops() and (self.fixed is not None or self.ranges != "learned")
+        if self.activation == "relu6" and not static:
             x = functional.relu6(x)
-        elif self.activation == "relu":
+        elif self.activation == "relu" and not static:
             x = functional.relu(x)
         if self.training and self.fixed is None:
             learned = self.ranges == "learned" and bool(self.begun)
@@ -250,7 +273,11 @@ class QuantActivation(nn.Module):
         if plain_ops():
             low, high = self.limits(float(step))
             return (x / step).clamp(low, high).round() * step
-        low, high = self.limits(float(step.detach()))
+        size = float(step.detach())
+        low, high = self.limits(size)
+        if static:
+            top = min(high * size, 6.0) if self.activation == "relu6" else high * size
+            return _RoundStatic.apply(x, step, low, high, (low * size, top))
         if step.requires_grad:  # the gradient of a step is a sum over all values: as large as one value's
             step = _ScaledGradient.apply(step, 1 / math.sqrt(x.numel() / max(len(x), 1) * max(high, 1)))
         return _RoundToStep.apply(x, step, low, high)

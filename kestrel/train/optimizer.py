@@ -34,7 +34,6 @@ def make_optimizer(
         groups.append({"params": [each for each in parameters if id(each) in kept], "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if phase.optimizer == "sgd":
-        momentum = {"momentum": phase.momentum, "nesterov": phase.nesterov}
-        return torch.optim.SGD(groups, lr=rate, weight_decay=decay, fused=fused, **momentum)
+        return torch.optim.SGD(groups, rate, phase.momentum, 0, decay, phase.nesterov, fused=fused)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[phase.optimizer]
     return kind(groups, lr=rate, weight_decay=decay, fused=fused)

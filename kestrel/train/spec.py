@@ -44,6 +44,8 @@ class RetrainSpec(PhaseSpec):
 
     start: str | None = setting(None, "checkpoint to start from in place of stage 3's result")
 
+    ADDED_LATER: ClassVar[tuple[str, ...]] = (*PhaseSpec.ADDED_LATER, "start")
+
 
 @dataclass
 class TrainSpec(PhaseSpec):
