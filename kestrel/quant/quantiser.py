@@ -65,7 +65,8 @@ def shared_range(limit: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             mantissa, exponent = np.frexp(limit.detach().numpy())
-        return torch.from_numpy(np.ldexp(np.rint(mantissa * 2**RANGE_BITS) / 2**RANGE_BITS, exponent))
+        rounded = np.ldexp(np.rint(mantissa * 2**RANGE_BITS) / 2**RANGE_BITS, exponent)
+        return torch.from_numpy(np.asarray(rounded))  # NumPy makes a number of an array without dimensions
     return _RoundRange.apply(limit)
 
 

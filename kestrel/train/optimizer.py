@@ -34,6 +34,11 @@ def make_optimizer(
         groups.append({"params": [each for each in parameters if id(each) in kept], "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if phase.optimizer == "sgd":
-        return torch.optim.SGD(groups, rate, phase.momentum, 0, decay, phase.nesterov, fused=fused)
+        made = torch.optim.SGD(groups, rate, phase.momentum, 0, decay, phase.nesterov, fused=fused)
+        if phase.momentum:  # the fused step wants all or none of them, and a super-network trains a part at a time
+            for group in made.param_groups:
+                for parameter in group["params"]:
+                    made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return made
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[phase.optimizer]
     return kind(groups, lr=rate, weight_decay=decay, fused=fused)

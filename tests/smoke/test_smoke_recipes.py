@@ -17,7 +17,16 @@ from kestrel.pipeline.stages import STAGES, Run, done_file, present
 from kestrel.pipeline.step import _work
 
 TRAINING = {"train": 4, "validation": 2, "test": 2}  # speakers; 10 keywords each: at most 64 clips in each split
-JOINED = [("hello_edge_lstm", "8w8a-344-40-fixed+logmel-10")]
+JOINED = [("hello_edge_lstm", "8w8a-344-40-fixed+logmel-10"), ("proxylessnas_kws", "net-5+8w8a+logmel")]
+# Settings that make a recipe small enough, where a short training alone does not.
+SMALL = {
+    "proxylessnas_kws": (
+        "model.n_cell_stages=3",
+        "model.expansions=1,2",
+        "model.search.warmup_epochs=0",
+        "model.search.arch_start_epoch=0",
+    )
+}
 RECIPES = [(recipe, variant) for recipe in recipes.names(ROOT) for variant in variants(ROOT, recipe)] + JOINED
 # Through run.sh, with the C program; the other variants differ from these in settings.
 WHOLE = [(recipe, variant) for recipe in recipes.names(ROOT) for variant in ("base", "logmel")]
@@ -32,7 +41,8 @@ def _sets(*settings: str) -> list[str]:
 def _short(root: Path, recipe: str, variant: str) -> list[str]:
     """One epoch of each phase that the variant has."""
     phases = [phase for phase in ("train", "retrain") if variant_data(root, recipe, variant).get(phase) is not None]
-    return _sets(*(f"{phase}.epochs=1" for phase in phases), "train.batch_size=16", "train.eval_batch_size=64")
+    lengths = (f"{phase}.epochs=1" for phase in phases)
+    return _sets(*lengths, "train.batch_size=16", "train.eval_batch_size=64", *SMALL.get(recipe, ()))
 
 
 def _wants_features(variant: str) -> bool:
