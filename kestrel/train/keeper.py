@@ -18,7 +18,7 @@ NOTHING: Standing = (-1, -math.inf)
 Keep = Literal["best", "last"]
 
 
-def standing(correct: int, loss: float, step: int, keep: Keep) -> Standing:
+def standing(correct: int, loss: float, step: int = 0, keep: Keep = "best") -> Standing:
     """What candidates are compared by: accuracy, then lower loss; or the step, where the last one is kept."""
     return (correct, -loss) if keep == "best" else (step, 0.0)
 

@@ -218,6 +218,7 @@ class Search:
                 loss = loss + pressure * (each.expected(chances) / each.limit).log()
         return loss
 
+    @torch.no_grad()
     def _press(self) -> None:
         """Raise the pressure of budgets that the expected cost exceeds, lower that of others (dual ascent)."""
         chances = [block.chances() for block in self.net.mixed()]
