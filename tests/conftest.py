@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from run_kit import Checkout, copy_code, write_tone_corpus
+
+# Exported programs share their kernels: where ccache is installed, equal sources are compiled once in all tests.
+if shutil.which("ccache") and shutil.which("cc"):
+    os.environ.setdefault("CC", "ccache cc")
+    os.environ.setdefault("CCACHE_NOHASHDIR", "1")  # folders of builds differ
 
 
 @pytest.fixture(scope="session")

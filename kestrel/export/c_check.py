@@ -79,7 +79,8 @@ class Toolchain:
 
     def build(self, folder: Path, target: str) -> Path:
         """`make target` in `folder`; returns the program. Raises KestrelError with the compiler's first error."""
-        command = ["make", "-s", "-C", str(folder), target, f"CC={self.cc}", f"CFLAGS={self.flags}", *self.variables]
+        settings = (f"CC={self.cc}", f"CFLAGS={self.flags}", *self.variables)
+        command = ["make", "-s", f"-j{processors()}", "-C", str(folder), target, *settings]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import shutil
 import subprocess
 import wave
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import quant_kit
 import torch
+from cc_kit import QUICK, needs_compiler
 from torch import nn
 
 from kestrel.errors import KestrelError
@@ -40,11 +40,6 @@ from kestrel.quant.integer import Rescale, rounding_shift
 from kestrel.settings import to_dict
 
 GRIDS = ("8bit", "4bitsym", "2bitsym", "ternary", "binary", "fp130", "dorefa8")
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("gcc") is None or shutil.which("make") is None, reason="needs gcc and make: apt-get install gcc make"
-)
-QUICK = Toolchain("gcc", "-O1", ("VECTORS=",))
 
 
 def block_lstm(**model: Any) -> IntegerGraph:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import score_kit
 import sound_kit
 import torch
+from cc_kit import QUICK, needs_compiler
 
 from kestrel.errors import KestrelError
 from kestrel.export.c_check import Toolchain
@@ -38,12 +38,10 @@ CLIPS = 66
 
 @pytest.fixture(autouse=True)
 def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Toolchain, "host", staticmethod(lambda: Toolchain("gcc", "-O1", ("VECTORS=",))))
+    monkeypatch.setattr(Toolchain, "host", staticmethod(lambda: QUICK))
 
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("gcc") is None or shutil.which("make") is None, reason="needs gcc and make: apt-get install gcc make"
-)
+pytestmark = needs_compiler
 
 
 def work(folder: Path, seen: list[tuple[int, int]]) -> Work:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import sound_kit
+from cc_kit import GCC, QUICK, needs_compiler
 
 from kestrel.errors import KestrelError
 from kestrel.export.c_check import Programs, Toolchain, logits_of
@@ -20,11 +20,8 @@ from kestrel.export.c_sound import check_clips, prove_extremes, prove_sound, sou
 from kestrel.lower.graph import input_codes
 from kestrel.store.hdf5 import AudioFile, FeatureFile
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("gcc") is None or shutil.which("make") is None, reason="needs gcc and make: apt-get install gcc make"
-)
-QUICK = Toolchain("gcc", "-O1", ("VECTORS=",))
-CHECKED = Toolchain("gcc", "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all", ("VECTORS=",))
+pytestmark = needs_compiler
+CHECKED = Toolchain(GCC, "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all", ("VECTORS=",))
 CLIPS = 70
 
 

@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from cc_kit import GCC
+
 from kestrel.export.c_check import Toolchain
 from kestrel.export.c_files import RUNTIME
 
@@ -15,14 +17,14 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []  # live as long as this pr
 
 
 @functools.cache
-def toolchain(flags: str, cc: str = "gcc") -> Toolchain:
+def toolchain(flags: str, cc: str = GCC) -> Toolchain:
     """gcc with `flags`, for models without a front end, that links kernels which were compiled with the same flags."""
     held = tempfile.TemporaryDirectory()
     _folders.append(held)
     objects = [str(Path(held.name) / f"{name}.o") for name in KERNELS]
     running = [
         subprocess.Popen(
-            [cc, "-std=c99", "-Wall", "-Wextra", "-Werror", "-DKESTREL_SIMD", *flags.split(),
+            [*cc.split(), "-std=c99", "-Wall", "-Wextra", "-Werror", "-DKESTREL_SIMD", *flags.split(),
              f"-I{RUNTIME / 'include'}", "-c", str(RUNTIME / "src" / f"{name}.c"), "-o", target]
         )
         for name, target in zip(KERNELS, objects, strict=True)

@@ -10,6 +10,7 @@ import graph_kit
 import kernels_kit
 import numpy as np
 import pytest
+from cc_kit import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +20,7 @@ from kestrel.export.c_model import generate
 from kestrel.export.c_pack import pack_rows
 from kestrel.lower.graph import IntegerGraph
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("gcc") is None or shutil.which("make") is None, reason="needs gcc and make: apt-get install gcc make"
-)
+pytestmark = needs_compiler
 ISAS = ("portable", "avx2", "avx512")  # what the processor lacks falls back to less
 SANITISED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 
