@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
+from kestrel.export.accelerator import accelerator_form
 from kestrel.export.c_form import TITLE as C_TITLE
 from kestrel.export.c_form import c_form, refuse_limits
 from kestrel.export.card import Subject, card
@@ -23,6 +24,7 @@ from kestrel.export.spec import ExportSpec
 from kestrel.export.vectors import vectors_form
 from kestrel.hw.network import hardware
 from kestrel.lower.answers import answers, float64_answers, lowered, predict_decoded
+from kestrel.models.delta_rnn import DeltaNetwork
 from kestrel.models.evaluate import Accuracy, Passes, ProgressCallback, accuracy, device_of, evaluation_noise, predict
 from kestrel.models.inventory import (
     describe_devices,
@@ -50,6 +52,7 @@ def _c_if_wanted(work: Work, folder: Path) -> Part:
 
 
 FORMS: tuple[Form, ...] = (codes_form, integer_form, _c_if_wanted, vectors_form, onnx_form, qdq_form)
+DELTA_FORMS: tuple[Form, ...] = (accelerator_form,)  # of networks that transmit deltas
 TRAINED = "trained weights (float32)"
 DIGITS = 6  # of the shares in export.json
 
@@ -142,7 +145,8 @@ def export(
     )
     try:
         with atomic_folder(out_dir) as folder:
-            parts = [form(work, folder) for form in FORMS]
+            more = DELTA_FORMS if isinstance(spotter.net, DeltaNetwork) else ()
+            parts = [form(work, folder) for form in (*FORMS, *more)]
             accuracies = {name: right for part in parts for name, right in part.accuracies.items()} | references
             names = [name for part in parts for name in part.files]
             summary = _summary(subject, accuracies, parts, {name: _stamp(folder / name) for name in names})

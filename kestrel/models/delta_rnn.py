@@ -40,8 +40,8 @@ class DeltaNetwork(Network):
         beta: strength of the penalty on the mean |dh|.
         cbtd_from: the stage from which weights are pruned. gamma_rnn, gamma_fc: pruned share of the delta layers and of
             fc_extra. num_array_pe, cbtd_group: see `kestrel.nn.cbtd.Balance`. alpha_anneal_epoch: epochs of stage
-            pretrain after which pruning is complete (at once in stage retrain). cbtd_interval: updates between
-            prunings; None = an epoch.
+            pretrain after which pruning is complete; alpha_anneal_retrain: the same of stage retrain where pruning begins
+            there, 0 = at once. cbtd_interval: updates between prunings; None = an epoch.
         loss: `utterance`, cross-entropy of the logits averaged over time; `frame`, the mean of each frame's
             cross-entropy, where the first label_head and last label_tail frames are silence, as in the original.
         decision: `mean_logits`, or `last_speech`: the logits of the last frame that is not silence, else of the last.
@@ -91,6 +91,7 @@ class DeltaNetwork(Network):
         num_array_pe: int = 16,
         cbtd_group: int = 1,
         alpha_anneal_epoch: int = 100,
+        alpha_anneal_retrain: int = 0,
         cbtd_interval: int | None = None,
         loss: Literal["utterance", "frame"] = "utterance",
         decision: Literal["mean_logits", "last_speech"] = "mean_logits",
@@ -128,7 +129,8 @@ class DeltaNetwork(Network):
         self.loss, self.decision = loss, decision
         self.silence = None if silence_class is None else silence_class % classes
         self.head, self.tail = label_head, label_tail
-        self.cbtd_from, self.anneal, self.interval = cbtd_from, alpha_anneal_epoch, cbtd_interval
+        self.cbtd_from, self.interval = cbtd_from, cbtd_interval
+        self.anneal = {"pretrain": alpha_anneal_epoch, "retrain": alpha_anneal_retrain}  # epochs
         self.pruner: Pruner | None = None
         self.pruner_pes = num_array_pe * cbtd_group  # PEs that get the same work in each column
         if cbtd_from != "none":
@@ -157,7 +159,7 @@ class DeltaNetwork(Network):
                 self.trained.fill_(stage)
                 if self.pruner is not None:
                     self.pruner.restart()
-            if stage and self.pruner is not None:
+            if stage and self.pruner is not None and (self.cbtd_from == "pretrain" or not self.anneal["retrain"]):
                 self.pruner.hold(self._parameters_by_name())
         self._thresholds_of_stage()
         self.rnn.masks = {}
@@ -278,7 +280,8 @@ class DeltaNetwork(Network):
         if self.class_format is not None:
             self._scale_classes(epoch)
         if self.pruner is not None and self._prunes:
-            self.pruner.after_update(self._parameters_by_name(), self.interval or epoch, self.anneal)
+            interval, epochs = self.interval or epoch, self.anneal["retrain" if bool(self.trained) else "pretrain"]
+            self.pruner.after_update(self._parameters_by_name(), interval, round(epochs * epoch / interval))
 
     def _scale_classes(self, epoch: int) -> None:
         """Once per epoch: bring the largest logit seen inside the format of the logits, by the class layer as a whole."""

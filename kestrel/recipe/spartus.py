@@ -7,7 +7,7 @@ more. Column-balanced targeted dropout (CBTD) prunes its weights so that all pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kestrel.settings import setting
 
@@ -56,6 +56,7 @@ class ModelSpec:
     num_array_pe: int = setting(16, "processing elements over which rows are spread", min=1, max=4096)
     cbtd_group: int = setting(1, "contiguous rows that are pruned together", min=1, max=4096)
     alpha_anneal_epoch: int = setting(100, "epochs of pretraining until pruning is complete", min=1)
+    alpha_anneal_retrain: int = setting(0, "the same of retraining, where pruning begins there; 0 = at once", min=0)
     cbtd_interval: int | None = setting(None, "batches between prunings; null = an epoch", min=1)
     loss: Literal["utterance", "frame"] = setting(
         "utterance", "utterance: of the mean logits; frame: mean of the frames' losses, as in the original"
@@ -66,6 +67,9 @@ class ModelSpec:
     silence_class: int | None = setting(-1, "index of silence, negative from the end; null = no such class")
     label_head: int = setting(2, "loss frame: first frames that count as silence", min=0)
     label_tail: int = setting(2, "loss frame: last frames that count as silence", min=0)
+
+    # Done-markers hold these only where they are not the default, so that older results stay up to date.
+    ADDED_LATER: ClassVar[tuple[str, ...]] = ("alpha_anneal_retrain",)
 
 
 def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> DeltaNetwork:
