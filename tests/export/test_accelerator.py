@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import lower_kit
 import numpy as np
 import pytest
 import score_kit
@@ -60,7 +59,7 @@ def test_images_of_a_pruned_network(kind: str, tmp_path: Path) -> None:
         section = sections[f"rnn_l{index}"]
         assert (section["beats"], section["pes"], section["rows"]) == (rows // 16, 4, rows)  # a quarter of rows / 4
         stored = (folder / "memory" / f"rnn_l{index}.cbcsc.bin").read_bytes()
-        assert len(stored) == section["bytes"] == -(-section["words"] // 1) + -(-section["words"] * 4 // 8)
+        assert len(stored) == section["bytes"] == section["words"] + -(-section["words"] * 4 // 8)
         shape = (section["columns"], section["beats"], 4)
         packed = Cbcsc.of_bytes(stored[: section["words"]], stored[section["words"] :], shape, rows, 8)
         expected = np.concatenate([codes[f"rnn.weight_{part}_l{index}.codes"] for part in ("ih", "hh")], axis=1)
@@ -72,7 +71,7 @@ def test_images_of_a_pruned_network(kind: str, tmp_path: Path) -> None:
 
 
 def test_images_of_a_dense_network_in_fixed_point(tmp_path: Path) -> None:
-    folder, summary, spotter = exported(tmp_path, **FIXED)
+    folder, summary, _ = exported(tmp_path, **FIXED)
     (section,) = summary["accelerator_memory"]
     assert section["layout"] == "edgedrnn" and section["columns"] == 1 + 8 + 16  # bias, 6 inputs and 2 zeros, states
     memory = folder / "memory"
@@ -94,7 +93,3 @@ def test_a_damaged_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KestrelError, match=r"memory image rnn_l0 \(hex\) does not read back"):
         exported(tmp_path, **PRUNED)
     assert not (tmp_path / "export").exists()
-
-
-def test_other_networks_have_no_such_images() -> None:
-    assert not isinstance(lower_kit.spotter_of().net, DeltaNetwork)
