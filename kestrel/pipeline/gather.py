@@ -238,7 +238,8 @@ def _references(content: dict[str, Any]) -> list[Line]:
 def _title(content: dict[str, Any]) -> str:
     good = [row for row in content["points"] if row["status"] == "ok"]
     protocols = ", ".join(dict.fromkeys(f"{row['protocol']} ({row['split']}, n = {row['n']:,})" for row in good))
-    return f"{content['recipe']}: {content['name']}\n{protocols}"
+    made = ", ".join(dict.fromkeys(row["variant"] for row in good))
+    return f"{content['recipe']}: {content['name']}, variant {made}\n{protocols}"
 
 
 def draw(folder: Path, content: dict[str, Any]) -> list[Path]:

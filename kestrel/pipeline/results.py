@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ _NEEDED = (
 )
 _SEED = re.compile(r"(?:^|[-_,])seed[=]?\d+$")
 _DIRTY = "\\*"
+PICTURES = ("accuracy.png", "energy.png", "error.png")  # of a sweep, kept beside its results
 
 
 @dataclass
@@ -99,6 +102,10 @@ def keep(root: Path, folder: Path) -> Path:
             )
         path = results_folder(root, content["recipe"]) / "sweeps" / f"{content['name']}.json"
         write_json(path, content)
+        write_text(path.with_suffix(".csv"), (folder / "summary.csv").read_text(encoding="utf-8"))
+        for picture in PICTURES:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(folder / picture, path.with_name(f"{path.stem}-{picture}"))
         recipe = content["recipe"]
     else:
         score = folder / "score" / "result.json"
@@ -179,6 +186,10 @@ def results_text(root: Path, recipe: str) -> str:
         parts.append("## Sweeps")
         for content in sweeps:
             parts += _sweep(content)
+            folder = results_folder(root, recipe) / "sweeps"
+            shown = [name for picture in PICTURES if (folder / (name := f"{content['name']}-{picture}")).exists()]
+            if shown:
+                parts.append("\n".join(f"![{name.removesuffix('.png')}](results/sweeps/{name})" for name in shown))
     published = root / "recipes" / recipe / "published.yaml"
     if published.exists():
         parts += _published(build_settings(Published, load_yaml(published), published.name))
@@ -287,8 +298,10 @@ def _sweep(content: dict[str, Any]) -> list[str]:
     shown = [index for index in range(len(names)) if any(line[index] is not None for line in lines)]
     parts = [f"### {content['name']}", content["about"]]
     protocols = dict.fromkeys((row["protocol"], row["split"], row["n"], row["protocol_hash"]) for row in good)
+    made = ", ".join(f"`{name}`" for name in dict.fromkeys(row["variant"] for row in good))
+    commits = ", ".join(f"`{name[:7]}`" for name in dict.fromkeys(str(row["git_commit"]) for row in good))
     parts.append(
-        "Protocol: "
+        f"Variant {made}, commit {commits}. Protocol: "
         + "; ".join(f"{name}, {split}, {n:,} clips (`{digest[:12]}`)" for name, split, n, digest in protocols)
     )
     parts.append(table([names[index] for index in shown], [[line[index] for index in shown] for line in lines]))

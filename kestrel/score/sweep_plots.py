@@ -28,6 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vP*"
 _GRID = "#dddddd"
 _COLLAPSE = 25.0  # points of accuracy between settings from which the axis goes by the ratio of errors
+_LEAST_RATIO = 1.5  # of energies from the first to the last colour
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,17 @@ def accuracy_against(
                 )
         for line in references:
             known = [(scale(x), 100 * y) for x, y in zip(line.x, line.accuracy, strict=True) if scale(x) is not None]
+            if not known:
+                continue
             colour = _colour(names.index(line.series)) if line.series in names else GREY
             axes.plot(
                 *zip(*known, strict=True), "--", color=colour, marker="o", markerfacecolor="white", markersize=4.5, linewidth=1.1, alpha=0.8, zorder=3
             )  # fmt: skip
         scale.ticks(axes)
-        shown = [100 * share for setting in settings for share in setting.accuracy]
+        published = [
+            y for line in references for x, y in zip(line.x, line.accuracy, strict=True) if scale(x) is not None
+        ]
+        shown = [100 * share for share in (*(y for setting in settings for y in setting.accuracy), *published)]
         collapsed = max(shown) - min(shown) > _COLLAPSE
         if collapsed:
             _stretch(axes, min(shown), max(shown))
@@ -331,6 +337,8 @@ def strips(found: Sequence[Strip], title: str, path: Path) -> None:
             ]
             everything = [value for line in values for value in line if math.isfinite(value)]
             low, high = min(everything), max(everything)
+            if panel == 1:
+                high = max(high, _LEAST_RATIO * low)  # equal energies look equal
             for index, (label, name, mine) in enumerate(rows):
                 axes = grid[index, panel]
                 shades = [_shade(value, low, high, error=panel == 0) for value in values[index]]

@@ -135,7 +135,10 @@ def test_a_sweep_is_kept_with_its_failed_points(
     path = keep(root, folder)
     assert path == root / "recipes" / "iscas21_lstm" / "results" / "sweeps" / "sizes.json"
     assert "2 of 4 points without a result" in caplog.text
+    assert path.with_suffix(".csv").read_text() == (folder / "summary.csv").read_text()
+    assert path.with_name("sizes-accuracy.png").read_bytes() == (folder / "accuracy.png").read_bytes()
     text = page(root)
+    assert "![sizes-accuracy](results/sweeps/sizes-accuracy.png)" in text
     assert "| 8 | 2 of 2 | 55.00 ± 7.07 % |" in text and "| 16 | 0 of 2 | - |" in text
     assert "* hidden=16,seed=0: not run: not run" in text and "./run.sh --sweep toy.yaml" in text
 

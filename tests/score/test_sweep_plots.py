@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from matplotlib import image
 from score_kit import metrics_csv
 
+from kestrel.score import sweep_plots
 from kestrel.score.sweep_plots import (
     Line,
     Setting,
@@ -40,6 +41,27 @@ def test_accuracy_shows_every_series_and_the_published_row(tmp_path):
     assert has(pixels, "#0072B2") and has(pixels, "#D55E00") and min(pixels.shape[:2]) > 400
     accuracy_against(POINTS, "blocks", "toy", [], "", tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("published", [(0.05, 0.5, 0.97), (0.2, 0.3, 0.4)])
+def test_published_rows_stay_inside_while_points_are_missing(monkeypatch, tmp_path, published):
+    figures = []
+    monkeypatch.setattr(sweep_plots, "save", lambda figure, path: figures.append(figure))
+    found = [Setting(2, "", (0.2,)), Setting(3, "", (0.4,))]
+    accuracy_against(found, "bits", "toy", [Line("", (2, 3, 8), published)], "paper", tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert left <= 2 and right >= 8
+    assert low <= 100 * min(published) and high >= 100 * max(published)
+
+
+def test_equal_energies_have_equal_colours(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(sweep_plots, "save", lambda figure, path: figures.append(figure))
+    found = [Setting(x, "", (0.1 * x,), (12.2 + 0.001 * x,)) for x in range(5)]
+    strips([Strip("bits", tuple(found))], "toy", tmp_path / "a.png")
+    shades = figures[0].axes[1].images[0].get_array()
+    assert np.ptp(shades) < 0.01
 
 
 @pytest.mark.parametrize("x", [[1], [None, 4], ["a", "b"], [0.05], [2, 3, 4, 100]])
