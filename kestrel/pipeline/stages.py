@@ -155,7 +155,7 @@ def settings_of(run: Run, stage: str) -> dict[str, Any]:
     if stage == "pretrain":
         return {**network, "train": train}
     if stage == "retrain":
-        phase = None if config.retrain is None else _without(to_dict(config.retrain), ("start",))  # that is an input
+        phase = None if config.retrain is None else _without(section(config.retrain), ("start",))  # that is an input
         return {**network, "batch_size": config.train.batch_size, "train": phase}
     shared = {
         "recipe": config.recipe,
@@ -299,7 +299,7 @@ def _prefix_of(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether a phase of the old length is the beginning of one of the new length."""
     phase = new["train"]
     if phase["schedule"] != "segments":
-        return False
+        return phase["schedule"] == "plateau"
     return len(phase["lr"]) == 1 or len(phase["lr_steps"] or phase.get("lr_epochs", [])) >= len(phase["lr"]) - 1
 
 

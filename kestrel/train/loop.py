@@ -231,6 +231,8 @@ class _Training:
         for group, value in zip(self.optimizer.param_groups, fused, strict=True):
             group["fused"] = value  # the device may have changed
         self.history = state["history"]
+        for row in self.history:
+            self._observe(row["step"], row["validation_loss"])
         self.running = Running(state["running"])
         if state["best"] is not None:
             self.best, self.best_accuracy = tuple(state["best"]["standing"]), state["best"]["accuracy"]
@@ -380,6 +382,7 @@ class _Training:
         measured = {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
         trained = self.running.row()
         self.history.append(where | trained | measured)
+        self._observe(self.step, found.loss)
         self.running = Running()
         reached = standing(found.correct, found.loss, self.step, self.job.phase.keep)
         better = reached > self.best
@@ -394,6 +397,11 @@ class _Training:
         if self.search is not None:
             self.search.record(self.step, found, self.keeper)
         self.learning, self.learned = 0.0, 0
+
+    def _observe(self, step: int, loss: float) -> None:
+        """Tell the learning rate of a validation; the one before the first update is none of this training."""
+        if step:
+            self.rate.observe(loss)
 
     def _write_pictures(self, at_most_every: float) -> None:
         """metrics.csv, and curves.png where it was not drawn for that many seconds."""

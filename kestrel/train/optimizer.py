@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kestrel.train.adabound import AdaBound
 from kestrel.train.spec import PhaseSpec
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -40,5 +41,9 @@ def make_optimizer(
                 for parameter in group["params"]:
                     made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return made
+    if phase.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, rate, momentum=0.0, weight_decay=decay)
+    if phase.optimizer == "adabound":
+        return AdaBound(groups, rate, weight_decay=decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[phase.optimizer]
     return kind(groups, lr=rate, weight_decay=decay, fused=fused)

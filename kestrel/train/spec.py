@@ -16,13 +16,17 @@ class PhaseSpec:
         None, "length in passes over the training clips; exactly one of epochs and steps", min=0
     )
     steps: int | None = setting(None, "length in batches; exactly one of epochs and steps", min=0)
-    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "optimiser")
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adabound"] = setting("adam", "optimiser")
     lr: list[float] = setting([0.001], "learning rate of each segment", min=0)
     lr_steps: list[int] = setting([], "segments: batches of each, of the last if you like; empty = equal shares", min=0)
     lr_epochs: list[int] = setting([], "the same in passes over the training clips, in place of lr_steps", min=0)
-    schedule: Literal["segments", "cosine"] = setting(
-        "segments", "segments: constant pieces; cosine: each piece falls from its lr to 0"
+    schedule: Literal["segments", "cosine", "plateau"] = setting(
+        "segments",
+        "segments: constant pieces; cosine: each piece falls from its lr to 0; plateau: from the first lr down to the "
+        "second, while the validation loss rests",
     )
+    plateau_factor: float = setting(0.8, "schedule plateau: factor of a fall", min=0.01, max=0.99)
+    plateau_patience: int = setting(4, "schedule plateau: validations without a better loss before a fall", min=0)
     weight_decay: float = setting(0.0, "weight decay", min=0)
     no_decay_keys: Literal["none", "bn", "bn#bias"] = setting(
         "none", "parameters without weight decay: normalisation, or these and all biases"
@@ -35,7 +39,9 @@ class PhaseSpec:
     keep: Literal["best", "last"] = setting("best", "validation whose weights the stage leaves")
 
     # Done-markers hold these only where they are not the default, so that older trainings stay up to date.
-    ADDED_LATER: ClassVar[tuple[str, ...]] = ("lr_epochs", "no_decay_keys", "nesterov", "keep")
+    ADDED_LATER: ClassVar[tuple[str, ...]] = (
+        *("lr_epochs", "no_decay_keys", "nesterov", "keep", "plateau_factor", "plateau_patience"),
+    )
 
 
 @dataclass

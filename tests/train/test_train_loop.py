@@ -141,9 +141,10 @@ def test_accuracies_are_over_clips_not_batches(folder: Path, tmp_path: Path) -> 
         assert float(row[key]) == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop", "adabound"])
 def test_optimisers_learn(folder: Path, tmp_path: Path, optimizer: str) -> None:
-    result = run(folder, make_job(tmp_path, phase={"optimizer": optimizer, "lr": [0.02], "momentum": 0.5}))
+    phase = {"optimizer": optimizer, "lr": [0.02], "momentum": 0.5, "schedule": "plateau"}
+    result = run(folder, make_job(tmp_path, phase=phase))
     assert result.best_accuracy > 0.55
 
 
@@ -315,6 +316,12 @@ def test_more_epochs_go_on_where_the_schedule_allows(folder: Path, tmp_path: Pat
     assert contents(tmp_path / "short")["metrics.csv"] == contents(tmp_path / "long")["metrics.csv"]
     with pytest.raises(KestrelError, match="past the end"):
         run(folder, make_job(tmp_path / "short", phase={**constant, "epochs": 1}))
+    plateau = {"lr": [0.05, 0.001], "schedule": "plateau", "plateau_patience": 0, "plateau_factor": 0.3}
+    run(folder, make_job(tmp_path / "plateau", phase={**plateau, "epochs": 6}))
+    for epochs in (2, 5, 6):  # what it has behind it decides its rates
+        run(folder, make_job(tmp_path / "falling", phase={**plateau, "epochs": epochs}))
+    assert contents(tmp_path / "plateau")["metrics.csv"] == contents(tmp_path / "falling")["metrics.csv"]
+    assert len({row.split(",")[3] for row in (tmp_path / "plateau" / "metrics.csv").read_text().split()}) > 2
     cosine = {"lr": [0.02], "schedule": "cosine"}
     run(folder, make_job(tmp_path / "cosine", phase={**cosine, "epochs": 2}))
     with pytest.raises(KestrelError, match="learning rates depend on it"):

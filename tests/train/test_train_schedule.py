@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kestrel.errors import UsageError
@@ -70,6 +71,30 @@ def test_agreement_of_the_steps_already_made() -> None:
     cosine = {"lr": [0.1], "schedule": "cosine"}
     assert made(10, **cosine).agrees(made(10, **cosine), 7)
     assert not made(10, **cosine).agrees(made(11, **cosine), 7)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.01, 10), max_size=40), st.integers(0, 4), st.floats(0.1, 0.9))
+def test_plateau_is_that_of_pytorch(losses: list[float], patience: int, factor: float) -> None:
+    options = {"schedule": "plateau", "plateau_patience": patience, "plateau_factor": factor}
+    rate = schedule(PhaseSpec(steps=10, lr=[0.1, 0.02], **options), 10)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=factor, patience=patience, threshold=1e-4, min_lr=0.02, eps=0
+    )
+    for loss in losses:
+        rate.observe(loss)
+        theirs.step(loss)
+        assert rate(3) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_plateau_takes_two_rates_and_no_lengths() -> None:
+    for wrong in ({"lr": [0.1, 0.05, 0.01]}, {"lr": [0.1, 0.01], "lr_steps": [4]}):
+        with pytest.raises(UsageError, match="plateau takes the first and the lowest learning rate"):
+            schedule(PhaseSpec(steps=10, schedule="plateau", **wrong), 10)  # type: ignore[arg-type]
+    longer = schedule(PhaseSpec(steps=20, schedule="plateau", lr=[0.1]), 20)
+    assert schedule(PhaseSpec(steps=10, schedule="plateau", lr=[0.1]), 10).agrees(longer, 10)
+    assert not schedule(PhaseSpec(steps=10, lr=[0.1]), 10).agrees(longer, 5)
 
 
 @pytest.mark.parametrize(
