@@ -18,6 +18,7 @@ from torch import Tensor
 from kestrel.corpus.spec import AugmentSpec
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_PEAK = 0.99  # of full scale
 _FULL_SCALE = np.float32(1.0 / 32768.0)
 
 
@@ -39,6 +40,20 @@ def uniform(seed: int, epoch: int, purpose: str, rows: ArrayLike) -> NDArray[np.
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def mixed(speech: NDArray[Any], noise: NDArray[Any], snr: float) -> NDArray[np.float32]:
+    """Speech with noise at a ratio of their mean powers of `snr` dB, float32 [S] in int16 units.
+
+    What would exceed 0.99 of full scale is scaled down as a whole. Silent speech, and silent noise, stay as they are.
+    """
+    s, n = speech.astype(np.float64), noise.astype(np.float64)
+    powers = np.square(s).mean(), np.square(n).mean()
+    if min(powers) <= 0.0:
+        return s.astype(np.float32)
+    out = s + n * np.sqrt(powers[0] / powers[1] / 10.0 ** (snr / 10.0))
+    peak = np.abs(out).max() / 32768.0
+    return (out * (_PEAK / peak) if peak > _PEAK else out).astype(np.float32)
+
+
 class Augmenter:
     """Augments batches of clips as `spec` says.
 
@@ -47,7 +62,8 @@ class Augmenter:
     none is added and silence clips stay as they are.
 
     Speech: shifted by a whole number of samples, uniform in -max..max, zeros moving in; then, with probability
-    `noise_frequency`, a random window of a random recording is added with a gain uniform in 0..`noise_volume`.
+    `noise_frequency`, a random window of a random recording is added with a gain uniform in 0..`noise_volume`, or at a
+    random one of the ratios `noise_snr` (see `mixed`).
     Silence: a random window with a gain uniform in 0..`silence_volume`, and nothing else.
     """
 
@@ -83,7 +99,10 @@ class Augmenter:
         limit = min(self.largest_shift, samples)
         shifts = np.where(silent, 0, np.floor(draw["shift"] * (2 * limit + 1)).astype(np.int64) - limit)
         volume = np.where(silent, self.spec.silence_volume, self.spec.noise_volume)
-        gains = (draw["gain"] * volume * (silent | (draw["add noise"] < self.spec.noise_frequency))).astype(np.float32)
+        noisy = silent | (draw["add noise"] < self.spec.noise_frequency)
+        gains = (draw["gain"] * volume * noisy).astype(np.float32)
+        if self.spec.noise_snr:
+            gains = np.where(silent, gains, noisy).astype(np.float32)  # of speech: whether it gets noise
         if not self._recordings:
             gains[:] = 0.0
 
@@ -95,6 +114,11 @@ class Augmenter:
                 clip[max(shift, 0) : samples + min(shift, 0)] = audio[index, max(-shift, 0) : samples - max(shift, 0)]
             if gains[index] > 0.0:
                 window = self._window(draw["recording"][index], draw["window"][index], samples)
+                if self.spec.noise_snr and not silent[index]:
+                    choice = int(draw["gain"][index] * len(self.spec.noise_snr))
+                    clip[:] = mixed(clip, window, self.spec.noise_snr[choice])
+                    clip *= _FULL_SCALE
+                    continue
                 np.multiply(window, gains[index], out=scaled)
                 clip += scaled
             clip *= _FULL_SCALE

@@ -53,12 +53,22 @@ class AugmentSpec:
     """Augmentation of training clips, waveforms and features, keyed by (seed, epoch, row)."""
 
     # Left out of what a stage depends on where they have their defaults, so that older runs stay up to date.
-    ADDED_LATER: ClassVar[tuple[str, ...]] = ("shift_frames", "time_masks", "time_mask", "band_masks", "band_mask")
+    ADDED_LATER: ClassVar[tuple[str, ...]] = (
+        "shift_frames",
+        "time_masks",
+        "time_mask",
+        "band_masks",
+        "band_mask",
+        "noise_snr",
+    )
 
     waveform: bool = setting(True, "augment waveforms during training; false trains on the stored features")
     time_shift_ms: float = setting(100.0, "largest time shift, in either direction", min=0, max=1000)
     noise_frequency: float = setting(0.8, "share of clips that get background noise", min=0, max=1)
     noise_volume: float = setting(0.1, "largest gain of background noise (uniform from 0)", min=0, max=10)
+    noise_snr: list[float] = setting(
+        [], "signal-to-noise ratios in dB, one of which noise is added at; empty = by noise_volume", min=-100, max=100
+    )
     silence_volume: float = setting(1.0, "largest gain of the noise windows that make silence clips", min=0, max=10)
     shift_frames: int = setting(0, "largest shift of the features in frames, in either direction", min=0, max=1000)
     time_masks: int = setting(0, "stretches of frames that are masked in the features (SpecAugment)", min=0, max=20)

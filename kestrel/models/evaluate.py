@@ -122,7 +122,7 @@ def predict(
     """Logits of every clip in the order of the file, float32 [N, C], in the evaluation phase.
 
     Noise is drawn batch by batch, so `batch_size` is part of what makes a noisy evaluation repeatable.
-    Raises KestrelError where a logit is not finite.
+    Raises KestrelError where a feature or a logit is not finite.
     """
     spotter.eval()
     spotter.net.set_phase("eval")
@@ -134,6 +134,7 @@ def predict(
         for start in range(0, clips, batch_size):
             index = np.arange(start, min(start + batch_size, clips))
             features = torch.as_tensor(data.rows(index), device=device)  # [B, T, F]
+            refuse_not_finite(data, features, index)
             logits = spotter(features).float().cpu().numpy()  # [B, C]
             if not np.isfinite(logits).all():
                 row = int(index[np.flatnonzero(~np.isfinite(logits).all(axis=1))[0]])
@@ -144,6 +145,17 @@ def predict(
             if progress is not None:
                 progress(int(index[-1]) + 1, clips)
     return np.concatenate(parts)
+
+
+def refuse_not_finite(data: object, features: torch.Tensor, rows: np.ndarray) -> None:
+    """Raise KestrelError with the name of the clip unless all `features` [B, T, F] of the clips `rows` are finite."""
+    broken = ~torch.isfinite(features).flatten(1).all(1).cpu().numpy()
+    if broken.any():
+        row = int(rows[int(np.flatnonzero(broken)[0])])
+        names = getattr(data, "utt_ids", None)
+        clip = f"{row} ({names[row]})" if names is not None else f"{row}"
+        where = getattr(data, "path", None)
+        raise KestrelError(f"{f'{where}: ' if where else ''}features of clip {clip} are not finite: make them again")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

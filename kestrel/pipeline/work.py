@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from kestrel import recipe as recipes
 from kestrel.errors import KestrelError, UsageError
@@ -20,6 +23,8 @@ from kestrel.store.atomic import read_json, remove_stale, write_json
 from kestrel.store.hashing import sha256_file, sha256_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kestrel.models.spotter import KeywordSpotter
     from kestrel.store.hdf5 import AudioFile, FeatureFile
     from kestrel.train.data import Split
@@ -158,7 +163,6 @@ def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
 
     Retraining starts from the best weights of pretraining.
     """
-    import torch
 
     from kestrel.train.data import Split
     from kestrel.train.loop import Job, train
@@ -173,7 +177,7 @@ def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
             spotter.net = spotter.net.successor(to_train=True)
         else:
             with feature_file(run, "train") as file:
-                spotter.post.fit(torch.from_numpy(batch) for batch in file.iterate())
+                spotter.post.fit(_finite(file))
         phase = config.train if stage == "pretrain" else config.retrain
         assert phase is not None
         begun = read_json(started_file(run.out(stage)))
@@ -185,6 +189,20 @@ def train_here(run: Run, stage: Literal["pretrain", "retrain"]) -> None:
         held_out = Split(validation_file, batch_size=config.train.eval_batch_size)
         result = train(job, spotter, training_split(run), held_out, progress=progress(stage), stop=stop)
     log.info("best validation accuracy %.2f %% (%s)", 100 * result.best_accuracy, result.best.relative_to(run.root))
+
+
+def _finite(file: FeatureFile) -> Iterator[Tensor]:
+    """Features [B, T, F] of all clips. Raises KestrelError with the name of a clip whose features are not finite."""
+    import torch
+
+    from kestrel.models.evaluate import refuse_not_finite
+
+    row = 0
+    for batch in file.iterate():
+        features = torch.from_numpy(batch)
+        refuse_not_finite(file, features, np.arange(row, row + len(batch)))
+        row += len(batch)
+        yield features
 
 
 def _start_retraining(run: Run, spotter: KeywordSpotter) -> None:
@@ -327,6 +345,7 @@ def _feature_scale(run: Run) -> float | None:
 
 def score_stage(run: Run) -> list[str]:
     """Score the checkpoint on the split of `score.split`."""
+    from kestrel.frontend.make import make_frontend
     from kestrel.score.run import score
 
     config = run.config
@@ -343,6 +362,8 @@ def score_stage(run: Run) -> list[str]:
             chip=config.score.chip,
             chips=config.score.chips,
             machine=config.score.machine,
+            frontend=make_frontend(config.frontend) if config.frontend is not None else None,
+            snrs=config.score.snr,
             batch_size=config.train.eval_batch_size,
             feature_scale=_feature_scale(run),
             analog_bits=config.export.weight_bits,

@@ -50,6 +50,7 @@ class Evidence:
     hardware: Figures | None  # None: there is no hardware model of the network, for the reason `no_hardware`
     no_hardware: str
     chips: programmed.Study | None  # None: a single chip was scored
+    noise: str = ""  # the section on noise
     deltas: str = ""  # the sections of a delta network
 
 
@@ -60,6 +61,7 @@ def report(result: Mapping[str, Any], evidence: Evidence) -> str:
         _protocol(result, evidence.protocol),
         _integer(result, evidence),
         programmed.section(evidence.chips),
+        evidence.noise,
         _classes(result),
         _confusions(evidence),
         _training(evidence),
@@ -68,7 +70,7 @@ def report(result: Mapping[str, Any], evidence: Evidence) -> str:
         _reproduce(result),
         _files(evidence),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _headline(result: Mapping[str, Any], evidence: Evidence) -> str:

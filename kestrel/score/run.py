@@ -33,7 +33,7 @@ from kestrel.models.evaluate import (
 )
 from kestrel.models.inventory import device_figures, evaluation_noise_of, network_shape
 from kestrel.score import chips as programmed
-from kestrel.score import delta_plots, deltas, plots
+from kestrel.score import delta_plots, deltas, noisy, plots
 from kestrel.score.count import Counts, count
 from kestrel.score.metrics import DIGITS, confusion, per_class, worst_confusions
 from kestrel.score.report import Evidence, WrongClip, report
@@ -41,6 +41,7 @@ from kestrel.store.atomic import atomic_folder, disk_error, write_json, write_te
 from kestrel.store.markdown import percent
 
 if TYPE_CHECKING:
+    from kestrel.frontend.make import AnyFrontend
     from kestrel.models.spotter import KeywordSpotter
     from kestrel.store.hdf5 import AudioFile, FeatureFile
 
@@ -68,6 +69,8 @@ def score(
     metrics_csv: Sequence[tuple[str, Path]] | None = None,
     extra: Mapping[str, Any] | None = None,
     audio: AudioFile | None = None,
+    frontend: AnyFrontend | None = None,
+    snrs: Sequence[float] = (),
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Score `spotter` on all clips of `data` and write the folder `out_dir` at once; returns what result.json holds.
@@ -90,6 +93,7 @@ def score(
         metrics_csv: (stage, its metrics.csv) in the order of training, for the curves.
         extra: further entries of result.json.
         audio: packed audio of the same clips, for the fixed-point front end; None where there is none.
+        frontend, snrs: the front end that made `data`, and ratios in dB at which clips are scored with noise.
 
     Raises KestrelError where classes do not fit or the network gives no finite answer; nothing is written then.
     """
@@ -97,7 +101,7 @@ def score(
     graph, obstacle = lowered(spotter, feature_scale, analog_bits)
     figures, no_figures = hardware(spotter.net, network_shape(spotter)[0])
     from_sound = audio is not None and not made_in_fixed_point(data)
-    passes = Passes(progress, data.shape[0], chips - 1 + (1 if graph is None else 3 + from_sound))
+    passes = Passes(progress, data.shape[0], chips - 1 + len(snrs) + (1 if graph is None else 3 + from_sound))
     with evaluation_noise(seed, chip, device_of(spotter)), deltas.recorded(spotter.net) as transmitted:
         logits = predict(spotter, data, batch_size, passes.next())  # [N, C]
     saved = None
@@ -114,6 +118,7 @@ def score(
         spread = programmed.study(
             spotter, data, chips=chips, first=chip, seed=seed, batch_size=batch_size, next_pass=passes.next, known=right
         )
+    noise = noisy.study(spotter, audio, frontend, list(snrs), batch_size, passes.next)
     counts = count(spotter.net, network_shape(spotter), analog_bits)
     integer: Answers | None = None
     if graph is not None:
@@ -138,6 +143,7 @@ def score(
         **({"fixed_frontend_obstacle": silence} if sound is None else sound.figures()),
         **({"energy_obstacle": no_figures} if figures is None else figures.record()),
         **({} if saved is None else saved.record()),
+        **({} if noise is None else {"snr": noise.record()}),
         **(extra or {}),
         "input_shape": list(counts.input_shape),
         "thop": _thop(counts),
@@ -166,6 +172,7 @@ def score(
         hardware=figures,
         no_hardware=no_figures,
         chips=spread,
+        noise=noisy.section(noise, right),
         deltas="" if saved is None else deltas.section(saved, data.utt_ids),
     )
     try:

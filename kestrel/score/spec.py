@@ -28,11 +28,17 @@ class ScoreSpec:
     )
     adc_draw: Literal["column", "chip", "fixed"] | None = setting(None, "how adc_* are drawn; null = as the model")
 
+    snr: list[float] = setting(
+        [],
+        "signal-to-noise ratios in dB at which the clips are scored as well, with noise of their split",
+        min=-100,
+        max=100,
+    )
     machine: str = setting("spartus", "accelerator of the cycle model of delta networks, a file of conf/hw")
 
     # Done-markers hold these only where they are not the default, so that older results stay up to date.
     ADDED_LATER: ClassVar[tuple[str, ...]] = (
-        *("chips", "noise_read", "noise_program", "adc_offset", "adc_gain", "adc_inl", "adc_draw", "machine"),
+        *("chips", "noise_read", "noise_program", "adc_offset", "adc_gain", "adc_inl", "adc_draw", "machine", "snr"),
     )
 
     def deviations(self) -> dict[str, float | str]:

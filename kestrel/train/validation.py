@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-from kestrel.models.evaluate import evaluation_noise
+from kestrel.models.evaluate import evaluation_noise, refuse_not_finite
 from kestrel.models.spotter import KeywordSpotter
 from kestrel.train.data import Split
 from kestrel.train.signals import StopFlag
@@ -40,7 +41,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Accuracy and cross-entropy of `spotter` in the evaluation phase; None where `stop` was set meanwhile.
 
-    Leaves the spotter in the evaluation phase and the random generators as they were.
+    Leaves the spotter in the evaluation phase and the random generators as they were. Raises KestrelError with the name of a
+    clip whose features are not finite.
     """
     spotter.eval()
     spotter.net.set_phase("eval")
@@ -55,7 +57,10 @@ def evaluate(
             if stop:
                 return None
             logits = spotter(batch.features)  # [B, T, F] -> [B, C]
-            loss_sum += float(functional.cross_entropy(logits, batch.labels, reduction="sum"))
+            loss = float(functional.cross_entropy(logits, batch.labels, reduction="sum"))
+            if not math.isfinite(loss):
+                refuse_not_finite(split.source, batch.features, batch.rows)
+            loss_sum += loss
             correct += int((logits.argmax(1) == batch.labels).sum())
             clips += len(batch.labels)
     return Evaluation(clips, correct, loss_sum)

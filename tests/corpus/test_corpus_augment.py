@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kestrel.corpus.augment import Augmenter, uniform
+from kestrel.corpus.augment import Augmenter, mixed, uniform
 from kestrel.corpus.spec import AugmentSpec
 
 RATE, SAMPLES, SILENCE = 1000, 400, 2
@@ -214,3 +214,32 @@ def test_arguments_must_fit() -> None:
     audio, labels, rows = batch(5)
     with pytest.raises(ValueError, match="do not fit"):
         augmenter()(audio, labels[:4], rows, 0)
+
+
+@given(snr=st.floats(-10, 30), level=st.floats(10, 12000))
+def test_noise_at_a_ratio(snr: float, level: float) -> None:
+    draw = np.random.default_rng(0)
+    speech, background = draw.normal(0, level, 500), draw.normal(0, 50, 500)
+    made = mixed(speech, background, snr).astype(np.float64)
+    weights, *_ = np.linalg.lstsq(np.stack([speech, background], 1), made, rcond=None)
+    powers = [weight**2 * np.square(part).mean() for weight, part in zip(weights, (speech, background), strict=True)]
+    assert abs(10 * np.log10(powers[0] / powers[1]) - snr) < 0.1
+    assert np.abs(made).max() <= 0.99 * 32768 * 1.0001
+    silent = np.zeros(500)
+    assert not mixed(silent, background, snr).any()
+    np.testing.assert_allclose(mixed(speech, silent, snr), speech, rtol=1e-6)
+
+
+def test_training_clips_get_noise_at_a_ratio_and_silence_stays_as_it_was() -> None:
+    audio, labels, rows = batch(60)
+    audio = (audio // 4).astype(np.int16)
+    by_volume = augmenter(time_shift_ms=0, noise_frequency=1.0)(audio, labels, rows, 2).numpy()
+    by_ratio = augmenter(time_shift_ms=0, noise_frequency=1.0, noise_snr=[10.0, 5.0])(audio, labels, rows, 2).numpy()
+    silent = labels == SILENCE
+    np.testing.assert_array_equal(by_ratio[silent], by_volume[silent])
+    speech = audio[~silent] / 32768
+    noise = by_ratio[~silent] - speech
+    ratios = 10 * np.log10(np.square(speech).mean(1) / np.square(noise).mean(1))
+    assert set(np.rint(ratios)) == {5, 10}
+    kept = augmenter(time_shift_ms=0, noise_frequency=0.0, noise_snr=[5.0])(audio, labels, rows, 2).numpy()
+    np.testing.assert_allclose(kept[~silent], speech, atol=1e-6)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from kestrel.errors import KestrelError
+from kestrel.frontend.post import Post
 from kestrel.lower.graph import IntegerGraph
 from kestrel.lower.ops import Accumulate, DeltaUpdate, MatMul
 from kestrel.lower.spotter import lower
+from kestrel.models.delta_rnn import DeltaNetwork
 from kestrel.models.inventory import decoded_weights, weight_codes
 from kestrel.models.spotter import KeywordSpotter
 
@@ -127,3 +129,20 @@ def test_the_last_frame_of_speech_decides(silence: int) -> None:
     np.testing.assert_allclose(made, expected, rtol=0, atol=1e-9)
     heard = made.argmax(1) != silence % lower_kit.CLASSES
     assert heard.any() and not heard.all()
+
+
+@pytest.mark.parametrize("decision", ["mean_logits", "last_speech"])
+def test_a_clip_of_one_frame(decision: str) -> None:
+    torch.manual_seed(0)
+    net = DeltaNetwork(
+        input_size=lower_kit.WIDTH, classes=5, rnn_size=8, delta_from="pretrain", thx=0.3, thh=0.1, decision=decision,
+        **dict.fromkeys(FIXED, 1),
+    )  # fmt: skip
+    net.set_phase("eval")
+    spotter = KeywordSpotter(Post([], (1, lower_kit.WIDTH)), net)
+    graph = lower(spotter, lower_kit.FEATURE_SCALE)
+    codes = lower_kit.codes_of(graph, lower_kit.features(5, 20, frames=1))
+    made = graph.run(codes)["logits"] * (graph.tensors["logits"].scale or 1.0)
+    with torch.no_grad():
+        expected = spotter.double()(torch.from_numpy(codes * lower_kit.FEATURE_SCALE)).numpy()
+    np.testing.assert_allclose(made, expected, rtol=0, atol=1e-9)

@@ -321,3 +321,32 @@ def test_class_layer_is_scaled_once_per_epoch() -> None:
     net.project()
     assert float(net.cl.bias.detach().max()) == pytest.approx(6 * (2 - 1 / 64) / peak)
     assert float(net.logit_peak) == 0
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("loss", ["utterance", "frame"])
+def test_clips_shorter_than_head_and_tail_train(frames: int, loss: str) -> None:
+    """All frames of a clip that is shorter than label_head + label_tail are silence; loss and gradients are finite."""
+    net = _net(loss=loss, decision="last_speech", thx=0.2, thh=0.1, delta_from="pretrain", beta=0.5)
+    net.set_phase("pretrain")
+    x = torch.randn(5, frames, net.input_size, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(5) % net.classes
+    total = functional.cross_entropy(net(x), labels) + sum(net.penalty().values())
+    total.backward()
+    assert torch.isfinite(total) and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+    if loss == "frame" and frames < 3:
+        silent = functional.cross_entropy(net.frame_logits(x).flatten(0, 1), torch.full((5 * frames,), net.silence))
+        found = functional.cross_entropy(net(x), labels) + net.penalty()["frames"]
+        torch.testing.assert_close(found, silent)
+    net.set_phase("eval")
+    assert torch.isfinite(net(x)).all()
+
+
+def test_a_nan_is_seen_in_the_answer() -> None:
+    for decision in ("mean_logits", "last_speech"):
+        net = _net(decision=decision, thx=0.5, thh=0.5, delta_from="pretrain")
+        net.set_phase("eval")
+        x = torch.randn(3, 8, net.input_size, generator=torch.Generator().manual_seed(1))
+        x[1, 4, 0] = float("nan")
+        broken = ~torch.isfinite(net(x)).all(1)
+        assert broken.tolist() == [False, True, False]

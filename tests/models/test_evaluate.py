@@ -99,6 +99,16 @@ def test_answers_that_are_not_finite_are_an_error_with_the_clip():
         predict(KeywordSpotter(nn.Identity(), _Noisy()), data, 4)
 
 
+def test_features_that_are_not_finite_name_the_clip():
+    data = _clips(10)
+    data.utt_ids, data.path = [f"yes/clip{row}" for row in range(10)], "test.h5"
+    data.values[7, 1, 0] = np.inf
+    with pytest.raises(
+        KestrelError, match=r"^test\.h5: features of clip 7 \(yes/clip7\) are not finite: make them again$"
+    ):
+        predict(KeywordSpotter(nn.Identity(), _Noisy()), data, 4)
+
+
 def test_an_empty_split_is_an_error():
     with pytest.raises(KestrelError, match="no clips"):
         predict(KeywordSpotter(nn.Identity(), _Noisy()), _clips(0), 4)

@@ -354,6 +354,14 @@ def test_a_clip_that_is_not_finite_is_named(folder: Path, tmp_path: Path) -> Non
     assert checkpoint.load(tmp_path / "out" / "last.pt")["step"] == 0  # the state before it was kept
 
 
+def test_a_validation_clip_that_is_not_finite_is_named(folder: Path, tmp_path: Path) -> None:
+    write_features(tmp_path / "train.h5", TRAIN_CLIPS, seed=1)
+    write_features(tmp_path / "validation.h5", 41, seed=2, poison=30)
+    bad = FeatureFile(tmp_path / "validation.h5").utt_ids[30]
+    with pytest.raises(KestrelError, match=rf"validation\.h5: features of clip 30 \({bad}\) are not finite"):
+        run(tmp_path, make_job(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_names_the_batch(folder: Path, tmp_path: Path, what: str) -> None:
     class Breaks(torch.autograd.Function):
