@@ -2,11 +2,12 @@
 
 The steps belong to the model: they are stored in its checkpoint and exported with it. On features [B, T, F]:
 
-    normalise: channel | global    subtract mean, divide by standard deviation of the training split (per channel or
-    over all) dct: K                         first K coefficients of the orthonormal DCT-II over the channels: [B, T, K]
+    normalise: channel | global    subtract mean, divide by deviation of the training split (per channel or over all)
+    dct: K                         first K coefficients of the orthonormal DCT-II over the channels: [B, T, K]
     stack: N                       N neighbouring frames become one: [B, T // N, N * F]; left-over frames are dropped
-    average: N                     mean of N neighbouring frames: [B, T // N, F]; left-over frames are dropped crop:
-    [START, STOP]            frames START .. STOP - 1
+    average: N                     mean of N neighbouring frames: [B, T // N, F]; left-over frames are dropped
+    bands: N                       mean of N neighbouring channels: [B, T, F // N]; left-over channels are dropped
+    crop: [START, STOP]            frames START .. STOP - 1
 """
 
 from __future__ import annotations
@@ -111,6 +112,19 @@ class Average(_Step):
         return x[:, : frames * self.count].reshape(-1, frames, self.count, width).mean(2)
 
 
+class Bands(_Step):
+    """Mean of neighbouring channels."""
+
+    def __init__(self, count: int, shape: Shape) -> None:
+        super().__init__()
+        self.output_shape = (shape[0], shape[1] // count)
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames, width = self.output_shape
+        return x[:, :, : width * self.count].reshape(-1, frames, width, self.count).mean(3)
+
+
 class Crop(_Step):
     """Frames start .. stop - 1."""
 
@@ -149,6 +163,7 @@ _STEPS: dict[str, Callable[[Any, str, Shape], _Step]] = {
     "dct": lambda value, where, shape: Dct(_whole(value, where, 1, shape[1]), shape),
     "stack": lambda value, where, shape: Stack(_whole(value, where, 1, shape[0]), shape),
     "average": lambda value, where, shape: Average(_whole(value, where, 1, shape[0]), shape),
+    "bands": lambda value, where, shape: Bands(_whole(value, where, 1, shape[1]), shape),
     "crop": _crop,
 }
 

@@ -69,5 +69,5 @@ class FeatureSpec:
 
     frontend: str = setting("logmel40", "a file of conf/frontends, without its ending")
     post: list[Any] = setting(
-        [], "ordered steps: normalise: channel|global, dct: K, stack: N, average: N, crop: [START, STOP]"
+        [], "ordered steps: normalise: channel|global, dct: K, stack: N, average: N, bands: N, crop: [START, STOP]"
     )

@@ -26,9 +26,9 @@ from kestrel.lower.ops import Concat, MaxPool, Requantise, Reshape, Slice, Trans
 from kestrel.lower.post import View
 from kestrel.lower.rnn import Thresholds, lower_rnn
 from kestrel.lower.value import ACTIVATION_BITS, WIDE_BITS, Value, requantised, step_of
-from kestrel.nn.channel_major import BatchNorm2d
-from kestrel.nn.condenser import HardGate
+from kestrel.nn.condenser import Attend, HardGate, Strength
 from kestrel.nn.low_bit import LowBit, QuantActivation
+from kestrel.nn.sequence import FramesAsColumns
 from kestrel.quant.integer import Rescale, symmetric, twos_complement
 from kestrel.quant.packing import WeightCodes, encode
 
@@ -57,12 +57,14 @@ _UNSQUEEZE = (torch.unsqueeze, "unsqueeze")
 _TRANSPOSE = (torch.transpose, "transpose")
 
 
+_LEAVES = (LowBit, QuantActivation, HardGate, Strength, Attend, FramesAsColumns, nn.BatchNorm2d)
+
+
 class _Tracer(fx.Tracer):
     """Takes quantised layers as they are."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = (LowBit, QuantActivation, HardGate, BatchNorm2d)
-        return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Peaks(fx.Interpreter):
@@ -125,6 +127,7 @@ class _Tail:
     last: Node
     norm: nn.BatchNorm2d | nn.BatchNorm1d | None
     gate: HardGate | None
+    strength: Strength | None
     activation: nn.Module | None
     quantiser: QuantActivation | None
 
@@ -197,19 +200,20 @@ class _Walk:
             return kind if isinstance(kind, (nn.ReLU, nn.Hardtanh)) else None
         return _RELUS[kind]() if kind in _RELUS else None
 
-    def _tail(self, node: Node, norm: bool = False, gate: bool = False) -> _Tail:
+    def _tail(self, node: Node, norm: bool = False, gate: bool = False, strength: bool = False) -> _Tail:
         """What joins `node`, each being the only user of the one before: batch normalisation (if `norm`), a hard gate (if
-        `gate`), a ReLU, a QuantActivation."""
+        `gate`), an attention's 1 + S x (if `strength`), a ReLU, a QuantActivation."""
         chain: list[Node] = [node]
         found: list[nn.Module | None] = []
         wanted = (
             (lambda n: self._module_of(n, (nn.BatchNorm2d, nn.BatchNorm1d))) if norm else None,
             (lambda n: self._module_of(n, HardGate)) if gate else None,
+            (lambda n: self._module_of(n, Strength)) if strength else None,
             self._relu,
             lambda n: self._module_of(n, QuantActivation),
         )
         for kind in wanted:
-            following = self._only_user(chain[-1])
+            following = self._after(chain[-1])
             module = kind(following) if kind is not None and following is not None else None
             found.append(module)
             if module is not None and following is not None:
@@ -221,6 +225,13 @@ class _Walk:
         """The module that `node` calls, if it is of these kinds."""
         module = self._kind(node) if node.op == "call_module" else None
         return module if isinstance(module, kinds) else None
+
+    def _after(self, node: Node) -> Node | None:
+        """The only user of a node, past layers that do nothing in evaluation."""
+        following = self._only_user(node)
+        while following is not None and self._module_of(following, (nn.Identity, nn.Dropout, nn.Dropout2d)):
+            following = self._only_user(following)
+        return following
 
     @staticmethod
     def _only_user(node: Node) -> Node | None:
@@ -296,10 +307,17 @@ class _Walk:
         if isinstance(module, (nn.ReLU, nn.Hardtanh)):
             return self._activation(node, module)
         if isinstance(module, QuantActivation):
-            target = self._target(_Tail(node, None, None, None, module))
+            target = self._target(_Tail(node, None, None, None, None, module))
             return requantised(self.program, x, target.step, target.limits, name)
-        if isinstance(module, _TABLES):
-            return conv.tabulated(self.program, x, module, self._target(self._tail(node)), name)
+        if isinstance(module, (*_TABLES, HardGate)):
+            tail = self._tail(node, strength=True)
+            function = module if tail.strength is None else nn.Sequential(module, tail.strength)
+            return conv.tabulated(self.program, x, function, self._target(tail), name)
+        if isinstance(module, FramesAsColumns):
+            frames, bands = self.program.tensors[x.name].shape
+            return self._move(Reshape(inputs=(x.name,), outputs=(name,), shape=(frames, 1, bands)), x)
+        if isinstance(module, Attend):
+            return self._attention(node, module, x)
         if isinstance(module, (nn.LSTM, nn.GRU)):
             return lower_rnn(self.program, x, module, str(node.target), self.weight_bits, self.thresholds)
         if isinstance(module, nn.MaxPool2d):
@@ -325,17 +343,33 @@ class _Walk:
         raise self._refused(node)
 
     def _linear(self, node: Node, module: nn.Conv2d | nn.Linear, x: Value) -> Value:
-        tail = self._tail(node, norm=True, gate=True)
+        tail = self._tail(node, norm=True, gate=True, strength=True)
         codes = self._weights(f"{node.target}.weight", module.weight)
         affine = Affine.of(tail.norm, len(codes.codes))
+        ends = None if tail.gate is None else (0.0, 1.0)
         if tail.gate is not None:
             affine = Affine(affine.gain * tail.gate.slope, affine.shift * tail.gate.slope + tail.gate.offset)
+        if tail.strength is not None:
+            strength = float(tail.strength.scale.detach())
+            affine = Affine(affine.gain * strength, affine.shift * strength + 1)
+            ends = None if ends is None else (min(1.0, 1 + strength), max(1.0, 1 + strength))
         target = self._target(tail, self._bound(x, codes, module, affine))
-        if tail.gate is not None:
-            target = Target(target.step, max(target.low, 0), min(target.high, round(1 / target.step)))
+        if ends is not None:
+            low, high = (round(end / target.step) for end in ends)
+            target = Target(
+                target.step, max(target.low, min(low, target.high)), min(target.high, max(high, target.low))
+            )
         if isinstance(module, nn.Linear):
             return conv.linear(self.program, x, module, codes, affine, target, str(node))
         return conv.conv2d(self.program, x, module, codes, affine, target, str(node))
+
+    def _attention(self, node: Node, module: Attend, v: Value) -> Value:
+        """Factors of a smaller map, repeated, times an image."""
+        factors = self._source(node, 1)
+        if module.factor != (1, 1):
+            op = Upsample(inputs=(factors.name,), outputs=(f"{node}.factors",), factor=module.factor)
+            factors = self._move(op, factors)
+        return conv.multiplied(self.program, v, factors, self._target(self._tail(node)), str(node))
 
     def _bound(self, x: Value, codes: WeightCodes, module: nn.Conv2d | nn.Linear, affine: Affine) -> float:
         """The largest magnitude that a layer can make of any input in the range of `x`."""
@@ -346,7 +380,7 @@ class _Walk:
 
     def _activation(self, node: Node, activation: nn.Module) -> Value:
         tail = self._tail(node)  # a second ReLU changes nothing
-        target = self._target(_Tail(tail.last, None, None, activation, tail.quantiser))
+        target = self._target(_Tail(tail.last, None, None, None, activation, tail.quantiser))
         return requantised(self.program, self._source(node), target.step, target.limits, str(node))
 
     def _sum(self, node: Node) -> Value:

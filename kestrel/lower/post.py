@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kestrel.errors import KestrelError
-from kestrel.frontend.post import Average, Crop, Dct, Normalise, Post, Stack
+from kestrel.frontend.post import Average, Bands, Crop, Dct, Normalise, Post, Stack
 from kestrel.lower.graph import Program
 from kestrel.lower.ops import MatMul, Reshape, Slice, SumPool, Window
 from kestrel.lower.tensor import Constant
@@ -74,9 +74,30 @@ def _step(program: Program, step: torch.nn.Module, view: View, name: str) -> Vie
         pooled = program.add(SumPool(inputs=(image,), outputs=(f"{name}.mean",), window=window, rescale=share))
         flat = program.add(Reshape(inputs=(pooled,), outputs=(name,), shape=(kept, width)))
         return View(flat, view.gain, view.offset)
+    if isinstance(step, Bands):
+        return _bands(program, step, view, name)
     if isinstance(step, Dct):
         return _dct(program, step.matrix.detach().double().cpu().numpy(), view, name)
     raise KestrelError(f"feature.post step {type(step).__name__} has no integer form: leave it out of feature.post")
+
+
+def _bands(program: Program, step: Bands, view: View, name: str) -> View:
+    """Means of neighbouring channels of one scale."""
+    frames, width = program.tensors[view.name].shape
+    kept = step.output_shape[1]
+    groups = view.gain[: kept * step.count].reshape(kept, step.count)
+    if not (groups == groups[:, :1]).all():
+        raise KestrelError("feature.post: bands behind normalise: channel has no integer form; put it before")
+    cut = view.name
+    if kept * step.count != width:
+        cut = program.add(Slice(inputs=(cut,), outputs=(f"{name}.cut",), start=0, stop=kept * step.count, axis=1))
+    image = program.add(Reshape(inputs=(cut,), outputs=(f"{name}.image",), shape=(frames, kept * step.count, 1)))
+    window = Window((1, step.count), (1, step.count))
+    share = Rescale.of(1 / step.count, _INT16)
+    pooled = program.add(SumPool(inputs=(image,), outputs=(f"{name}.mean",), window=window, rescale=share))
+    flat = program.add(Reshape(inputs=(pooled,), outputs=(name,), shape=(frames, kept)))
+    offset = view.offset[: kept * step.count].reshape(kept, step.count).mean(axis=1)
+    return View(flat, groups[:, 0].copy(), offset)
 
 
 def _cut(program: Program, x: str, start: int, stop: int, name: str) -> str:

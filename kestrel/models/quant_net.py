@@ -254,6 +254,8 @@ class QuantNet(Network):
                 new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             elif isinstance(module, QuantActivation):
                 new = nn.Identity()
+            elif isinstance(module, nn.BatchNorm2d):
+                new = nn.BatchNorm2d(module.num_features)
             else:
                 if not isinstance(module, _COUNTED):  # factors are no products of a layer
                     for own in list(module._parameters):

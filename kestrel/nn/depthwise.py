@@ -102,6 +102,22 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: 
     return functional.conv2d(channels_last(x), weight, None, stride, padding, 1, len(weight))
 
 
+def unfolded_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """A convolution as one product with shifted copies of the image: [B, C, H, W] -> [B, K, h, w], channel-major.
+
+    For few channels or maps of one column (sequences), where copies are small.
+    """
+    (kh, kw), (ph, pw) = (weight.shape[2], weight.shape[3]), padding
+    height, width = output_size((x.shape[2], x.shape[3]), (kh, kw), stride, padding)
+    rows = functional.pad(x.transpose(0, 1), (pw, pw, ph, ph))  # [C, B, H + 2 ph, W + 2 pw]
+    ends = (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1
+    copies = [
+        rows[:, :, i : i + ends[0] : stride[0], j : j + ends[1] : stride[1]] for i in range(kh) for j in range(kw)
+    ]
+    columns = torch.stack(copies, 1).flatten(0, 1).flatten(1)  # [C kh kw, B h w]
+    return from_rows((weight.flatten(1) @ columns).view(len(weight), x.shape[0], -1), height, width)
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,

@@ -7,19 +7,22 @@ straight-through gradients. Off, they are the plain layers, while activations al
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kestrel.errors import UsageError
+from kestrel.nn.channel_major import Pair, fast_layouts
+from kestrel.nn.depthwise import conv2d, toeplitz_conv2d, unfolded_conv2d
 from kestrel.quant.integer import symmetric
 from kestrel.quant.low_bit import Grid, Scale, fake_quantise, shaped
 from kestrel.quant.packing import WeightCodes
 from kestrel.quant.quantiser import plain_ops, shared_range
 
 Ranges = Literal["learned", "ema", "max"]
+FEW_TAPS = 16  # inputs x kernel elements up to which a convolution is one product with shifted copies of the image
 EMA = 0.02  # weight of a new batch in the running mean of largest magnitudes
 SMALLEST = 2.0**-40  # of a step: activations that are all zero
 
@@ -101,8 +104,21 @@ class QuantConv2d(LowBit, nn.Conv2d):
         self._begin()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] -> [B, out, h, w]."""
-        return self._conv_forward(x, self.effective_weight(), self.bias)
+        """[B, in, H, W] -> [B, out, h, w]; on a CPU by what is fastest for small maps and few channels."""
+        weight = self.effective_weight()
+        if not fast_layouts(x) or isinstance(self.padding, str) or self.dilation != (1, 1):
+            return self._conv_forward(x, weight, self.bias)
+        stride, padding = cast(Pair, self.stride), cast(Pair, self.padding)
+        depthwise = self.groups == self.in_channels == self.out_channels > 1
+        if depthwise and self.kernel_size == stride == (1, 1) and padding == (0, 0):
+            made = x * weight.view(1, -1, 1, 1)
+        elif depthwise and x.shape[3] == 1:
+            made = toeplitz_conv2d(x, weight, stride, padding)
+        elif (self.groups == 1 and self.in_channels * weight[0, 0].numel() <= FEW_TAPS) or x.shape[3] == 1:
+            made = unfolded_conv2d(x, weight, stride, padding)
+        else:
+            return conv2d(x, weight, self.bias, stride, padding, self.groups)
+        return made if self.bias is None else made + self.bias.view(-1, 1, 1)
 
 
 class QuantLinear(LowBit, nn.Linear):

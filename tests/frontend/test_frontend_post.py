@@ -39,6 +39,13 @@ def test_stack_puts_neighbours_side_by_side() -> None:
     assert post.output_shape == (3, 18) and torch.equal(post(x), wanted)
 
 
+def test_bands_takes_the_mean_of_neighbouring_channels() -> None:
+    x = torch.randn(3, 11, 7)
+    post = Post([{"bands": 3}], (11, 7))
+    assert post.output_shape == (11, 2)
+    assert torch.allclose(post(x)[..., 1], x[..., 3:6].mean(2))
+
+
 def test_average_takes_the_mean_of_neighbours() -> None:
     x = features()
     post = Post([{"average": 2}], (11, 6))

@@ -1,0 +1,35 @@
+"""Sequences as images of one column: time-channel separable convolutions for streaming."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kestrel.nn.condenser import Making, Unit
+
+
+class FramesAsColumns(nn.Module):
+    """Features [B, T, F] -> images [B, F, T, 1]: bands become channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, F] -> [B, F, T, 1]."""
+        return x.transpose(1, 2).unsqueeze(3)
+
+
+class TimeChannel(nn.Module):
+    """A depthwise convolution over `kernel` frames, then a pointwise one; with `skip` the input is added.
+
+    Zeros stand before and after the clip, (kernel - 1) / 2 frames each.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, make: Making, stride: int = 1, skip: bool = False
+    ) -> None:
+        super().__init__()
+        self.depthwise = Unit(inputs, inputs, (kernel, 1), make, (stride, 1), inputs, act=make.act())
+        self.pointwise = Unit(inputs, outputs, (1, 1), make, act=make.act("none") if skip else make.act())
+        self.act = make.act() if skip else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, T, 1] -> [B, out, T / stride, 1], not negative."""
+        y = self.pointwise(self.depthwise(x))
+        return y if self.act is None else self.act(x + y)
