@@ -67,7 +67,8 @@ class TinySpeech(_Image):
     """3 x 3 convolution, attention condensers, 3 x 3 convolution, mean, classes: features [B, T, F] -> [B, C].
 
     `pools`: condensation (frames, bands) of each condenser, the last one for those that follow. `head_pool`: max pooling
-    before the last convolution.
+    before the last convolution, `last_padding` zeros around it. Where three bands are left and nothing is padded, its kernels
+    see all of them, each at its own place; with padding the mean forgets where in frequency something was.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TinySpeech(_Image):
         first_stride: tuple[int, int] = (1, 1),
         pools: Sequence[tuple[int, int]] = ((2, 2),),
         head_pool: tuple[int, int] = (1, 1),
+        last_padding: tuple[int, int] = (1, 1),
         qp_blocks: int = 0,
     ) -> None:
         super().__init__(input_shape, make)
@@ -96,9 +98,11 @@ class TinySpeech(_Image):
             else:
                 blocks.append(Condenser(channels, mid0, out0, mid1, pool, make))
         self.blocks = nn.Sequential(*blocks)
-        _check_pool("model.head_pool", size, head_pool)
         self.pool = nn.MaxPool2d(head_pool) if head_pool != (1, 1) else nn.Identity()
-        self.last = Unit(channels, plan.last, (3, 3), make, act=make.act())
+        left = tuple(have // step + 2 * more for have, step, more in zip(size, head_pool, last_padding, strict=True))
+        if min(left) < 3:
+            raise UsageError(f"model.head_pool: {left[0]} x {left[1]} are left for kernels of 3 x 3: pool less")
+        self.last = Unit(channels, plan.last, (3, 3), make, act=make.act(), padding=last_padding)
         self._finish(plan.last, classes, make)
         self.plan_low_bits(low_bit)
 

@@ -27,6 +27,7 @@ class ModelSpec:
         [2, 2], "x..qp: condensation, frames and bands of each condenser in turn; the last pair serves the rest", min=1
     )
     head_pool: list[int] = setting([1, 1], "x..qp: max pooling before the last convolution (frames, bands)", min=1)
+    last_padding: list[int] = setting([1, 1], "x..qp: zeros around the map of the last convolution", min=0, max=1)
     qp_blocks: int = setting(6, "qp: blocks of two condensers; the quantised original has 4", min=1, max=6)
     width: int = setting(16, "sep: channels", min=4, max=512)
     kernels: list[int] = setting([5, 9, 9, 9], "sep: frames of the first layer and of each block (odd)", min=1, max=63)
@@ -94,6 +95,7 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Quant
         first_stride=_pairs(model.first_stride, "first_stride")[0],
         pools=_pairs(model.pools, "pools"),
         head_pool=_pairs(model.head_pool, "head_pool")[0],
+        last_padding=_pairs(model.last_padding, "last_padding")[0],
         qp_blocks=model.qp_blocks if model.net == "qp" else 0,
     )
 
