@@ -110,7 +110,7 @@ def conv2d(
         )
     padding = (layer.padding[0], layer.padding[1])
     stride, size = (layer.stride[0], layer.stride[1]), (layer.kernel_size[0], layer.kernel_size[1])
-    window = Window(size, stride, padding, padding)
+    window = Window(size, stride, (padding[0] + getattr(layer, "before", 0), padding[1]), padding)
     rescale = _linear_rescale(x, codes, layer.bias, norm, target)
     if layer.groups == 1:
         weight = Constant(codes.codes.transpose(0, 2, 3, 1), storage(codes))  # [out, kh, kw, in]

@@ -79,6 +79,7 @@ class TinySpeech(_Image):
         low_bit: LowBitPlan,
         make: Making,
         first_stride: tuple[int, int] = (1, 1),
+        first_padding: tuple[int, int] = (1, 1),
         pools: Sequence[tuple[int, int]] = ((2, 2),),
         head_pool: tuple[int, int] = (1, 1),
         last_padding: tuple[int, int] = (1, 1),
@@ -86,8 +87,9 @@ class TinySpeech(_Image):
     ) -> None:
         super().__init__(input_shape, make)
         channels = plan.first
-        self.first = Unit(1, channels, (3, 3), make, first_stride, act=make.act())
-        size = tuple((have - 1) // step + 1 for have, step in zip(input_shape, first_stride, strict=True))
+        self.first = Unit(1, channels, (3, 3), make, first_stride, act=make.act(), padding=first_padding)
+        sides = zip(input_shape, first_padding, first_stride, strict=True)
+        size = tuple((have + 2 * more - 3) // step + 1 for have, more, step in sides)
         count = qp_blocks or len(plan.blocks)
         blocks: list[nn.Module] = []
         for place, (mid0, out0, mid1) in enumerate(plan.blocks[:count]):
@@ -139,7 +141,7 @@ class SeparableNet(_Image):
     """Bands as channels, time-channel separable convolutions, mean over time, classes: features [B, T, F] -> [B, C].
 
     It takes features frame by frame: only kernels look at more than one frame. `kernels`: frames of the first layer
-    (bands -> width) and of each block. `condense`: blocks (from 1) that an attention condenser over pairs of frames follows.
+    (bands -> width) and of each block; `causal` ones do not look ahead. `condense`: blocks (from 1) that an attention condenser over pairs of frames follows.
     """
 
     def __init__(
@@ -153,19 +155,20 @@ class SeparableNet(_Image):
         stride: int = 1,
         condense: Sequence[int] = (),
         head: int = 0,
+        causal: bool = False,
     ) -> None:
         super().__init__(input_shape, make)
         if not kernels or any(kernel % 2 == 0 for kernel in kernels):
             raise UsageError(f"model.kernels: {list(kernels)}; choose odd numbers, the first for the features")
         self.columns = FramesAsColumns()
-        self.first = TimeChannel(input_shape[1], width, kernels[0], make, stride)
+        self.first = TimeChannel(input_shape[1], width, kernels[0], make, stride, causal=causal)
         frames = (input_shape[0] - 1) // stride + 1
         blocks: list[nn.Module] = []
         for place, kernel in enumerate(kernels[1:], 1):
-            blocks.append(TimeChannel(width, width, kernel, make, skip=True))
+            blocks.append(TimeChannel(width, width, kernel, make, skip=True, causal=causal))
             if place in condense:
                 _check_pool("model.condense", (frames, 1), (2, 1))
-                blocks.append(Condenser(width, 2 * width, width // 2, width, (2, 1), make))
+                blocks.append(Condenser(width, width, width // 2, None, (2, 1), make))
         self.blocks = nn.Sequential(*blocks)
         self.head = Unit(width, head, (1, 1), make, act=make.act()) if head else nn.Identity()
         self._finish(head or width, classes, make)

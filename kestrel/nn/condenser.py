@@ -85,10 +85,13 @@ class Unit(nn.Module):
         groups: int = 1,
         act: QuantActivation | None = None,
         padding: Pair | None = None,
+        before: int = 0,
     ) -> None:
         super().__init__()
         around = (kernel[0] // 2, kernel[1] // 2) if padding is None else padding
-        self.conv = QuantConv2d(inputs, outputs, kernel, stride, around, groups=groups, bias=not make.norm)
+        self.conv = QuantConv2d(
+            inputs, outputs, kernel, stride, around, groups=groups, bias=not make.norm, before=before
+        )
         self.norm = BatchNorm2d(outputs) if make.norm else nn.Identity()
         self.act = nn.Identity() if act is None else act
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_in", nonlinearity="relu")

@@ -97,15 +97,21 @@ class LowBit:
 
 
 class QuantConv2d(LowBit, nn.Conv2d):
-    """nn.Conv2d whose weights may be on a grid and masked: [B, in, H, W] -> [B, out, h, w]."""
+    """nn.Conv2d whose weights may be on a grid and masked: [B, in, H, W] -> [B, out, h, w].
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    `before`: further zeros above the image and none below it, so that over time no output looks ahead.
+    """
+
+    def __init__(self, *args: Any, before: int = 0, **kwargs: Any) -> None:
         nn.Conv2d.__init__(self, *args, **kwargs)
+        self.before = before
         self._begin()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, h, w]; on a CPU by what is fastest for small maps and few channels."""
         weight = self.effective_weight()
+        if self.before:
+            x = functional.pad(x, (0, 0, self.before, 0))
         if not fast_layouts(x) or isinstance(self.padding, str) or self.dilation != (1, 1):
             return self._conv_forward(x, weight, self.bias)
         stride, padding = cast(Pair, self.stride), cast(Pair, self.padding)

@@ -18,14 +18,23 @@ class FramesAsColumns(nn.Module):
 class TimeChannel(nn.Module):
     """A depthwise convolution over `kernel` frames, then a pointwise one; with `skip` the input is added.
 
-    Zeros stand before and after the clip, (kernel - 1) / 2 frames each.
+    Zeros stand before and after the clip, (kernel - 1) / 2 frames each; where `causal`, all kernel - 1 stand before it.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, make: Making, stride: int = 1, skip: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        make: Making,
+        stride: int = 1,
+        skip: bool = False,
+        causal: bool = False,
     ) -> None:
         super().__init__()
-        self.depthwise = Unit(inputs, inputs, (kernel, 1), make, (stride, 1), inputs, act=make.act())
+        before, around = (kernel - 1, 0) if causal else (0, kernel // 2)
+        act, over = make.act(), (kernel, 1)
+        self.depthwise = Unit(inputs, inputs, over, make, (stride, 1), inputs, act, (around, 0), before)
         self.pointwise = Unit(inputs, outputs, (1, 1), make, act=make.act("none") if skip else make.act())
         self.act = make.act() if skip else None
 

@@ -23,6 +23,7 @@ class ModelSpec:
         "z", "x, y, z, m: condensers of the paper; qp: Z as QP-TinySpeech has it; sep: separable over time"
     )
     first_stride: list[int] = setting([1, 1], "x..qp: stride of the first convolution (frames, bands)", min=1, max=8)
+    first_padding: list[int] = setting([1, 1], "x..qp: zeros around the features", min=0, max=1)
     pools: list[int] = setting(
         [2, 2], "x..qp: condensation, frames and bands of each condenser in turn; the last pair serves the rest", min=1
     )
@@ -34,6 +35,7 @@ class ModelSpec:
     stride: int = setting(1, "sep: stride of the first layer in time", min=1, max=8)
     condense: list[int] = setting([], "sep: blocks that an attention condenser over pairs of frames follows", min=1)
     head: int = setting(0, "sep: channels of a pointwise layer before the mean; 0 = none", min=0, max=1024)
+    causal: bool = setting(False, "sep: kernels see the present frame and those before it")
     gate: Literal["hard", "sigmoid"] = setting("hard", "attention values: clip(x / 4 + 1 / 2, 0, 1), or the sigmoid")
     weights: str = setting("8bit", "grid of weights: 2bit..8bit, 2bitsym..8bitsym, ternary, binary, fp130, dorefa1..8")
     layer_weights: dict[str, str] = setting({}, "exceptions: layer name or pattern -> grid, or float")
@@ -85,6 +87,7 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Quant
             stride=model.stride,
             condense=model.condense,
             head=model.head,
+            causal=model.causal,
         )
     return TinySpeech(
         input_shape,
@@ -93,6 +96,7 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Quant
         low_bit,
         make,
         first_stride=_pairs(model.first_stride, "first_stride")[0],
+        first_padding=_pairs(model.first_padding, "first_padding")[0],
         pools=_pairs(model.pools, "pools"),
         head_pool=_pairs(model.head_pool, "head_pool")[0],
         last_padding=_pairs(model.last_padding, "last_padding")[0],
