@@ -61,4 +61,4 @@ class Part:
     missing: Sequence[str] = ()
 
 
-Form = Callable[[Work, Path], Part]
+Form = Callable[[Work, Path], Part | None]  # None: the form is not meant for such a network

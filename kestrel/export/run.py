@@ -18,6 +18,7 @@ from kestrel.export.card import Subject, card
 from kestrel.export.codes import EXPORTED, codes_form
 from kestrel.export.form import Form, Part, Work
 from kestrel.export.integer import integer_form
+from kestrel.export.mcu import mcu_form
 from kestrel.export.onnx import onnx_form
 from kestrel.export.qdq import qdq_form
 from kestrel.export.spec import ExportSpec
@@ -51,7 +52,20 @@ def _c_if_wanted(work: Work, folder: Path) -> Part:
     return Part(C_TITLE, text, missing=("C program, and the computation of features from audio: `export.c` is false.",))
 
 
-FORMS: tuple[Form, ...] = (codes_form, integer_form, _c_if_wanted, vectors_form, onnx_form, qdq_form)
+def _mcu_if_wanted(work: Work, folder: Path) -> Part | None:
+    """mcu/, unless C is switched off."""
+    return mcu_form(work, folder) if work.settings.c else None
+
+
+FORMS: tuple[Form, ...] = (
+    codes_form,
+    integer_form,
+    _c_if_wanted,
+    _mcu_if_wanted,
+    vectors_form,
+    onnx_form,
+    qdq_form,
+)
 DELTA_FORMS: tuple[Form, ...] = (accelerator_form,)  # of networks that transmit deltas
 TRAINED = "trained weights (float32)"
 DIGITS = 6  # of the shares in export.json
@@ -146,7 +160,8 @@ def export(
     try:
         with atomic_folder(out_dir) as folder:
             more = DELTA_FORMS if isinstance(spotter.net, DeltaNetwork) else ()
-            parts = [form(work, folder) for form in (*FORMS, *more)]
+            made = (form(work, folder) for form in (*FORMS, *more))
+            parts = [part for part in made if part is not None]
             accuracies = {name: right for part in parts for name, right in part.accuracies.items()} | references
             names = [name for part in parts for name in part.files]
             summary = _summary(subject, accuracies, parts, {name: _stamp(folder / name) for name in names})

@@ -25,3 +25,11 @@ class ExportSpec:
     vectors: int = setting(
         2, "clips whose every tensor is written as test vectors for hardware (0 = none)", min=0, max=16
     )
+    mcu_straight: int | None = setting(
+        None,
+        "bytes of flash for straight-line code on a microcontroller without multiplier; null = what is left",
+        min=0,
+    )
+    mcu_segments: int | None = setting(
+        None, "parts of a clip after each of which it answers; null = 4, or what divides the frames", min=1
+    )

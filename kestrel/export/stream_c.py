@@ -32,6 +32,15 @@ from kestrel.quant.integer import Rescale
 
 SOURCE, HEADER = "stream_model.c", "stream_model.h"
 CODE_BYTES = 2.4  # of a compressed RV32E instruction in straight lines, with the loads that the compiler adds
+_APART = """
+/* Inlined, their sums would take registers and stack from the rest. */
+#ifdef __GNUC__
+#define APART __attribute__((noinline))
+#else
+#define APART
+#endif
+
+"""
 TABLE_INSTRUCTIONS = 8  # of the table kernel, for each weight of up to 4 bits
 
 
@@ -170,7 +179,7 @@ class _Writer:
         lines = [f"kestrel_stream_bias({bias}, {bias_bits}, {outputs}, {sums});"]
         if step.output in self.straight:
             body = [
-                f"static void layer_{number}(const int8_t *in, int32_t *sums)\n{{\n",
+                f"APART static void layer_{number}(const int8_t *in, int32_t *sums)\n{{\n",
                 block(straight_lines(rows)),
                 "}\n",
             ]
@@ -227,7 +236,8 @@ class _Writer:
             return [total, self._rescaled(op, number, channels, sums, 32, channels)]
         positions, source, gather, target = self._positions(step, op, self.read(step, index), channels)
         lines = [gather] if gather else []
-        rows = op.window.size[0] * op.window.size[1]
+        window = across(self.program, op)
+        rows = window.depth * window.size
         if isinstance(op, ops.MaxPool):
             lines.append(f"kestrel_stream_largest({source}, {rows}, {channels}, {target});")
         else:
@@ -326,6 +336,9 @@ class _Writer:
         source, size = self.at(step.source, "void"), self.program.streams[step.source].bytes
         assert (index, self.program.name(step.source)) not in queues(self.program)
         lines = [f"kestrel_stream_shift(state + {place.offset}, {place.size}, {source}, {size});"]
+        if step.running:
+            new = f"wait[{len(self.waits)}] == {step.stride}"
+            lines = [f"kestrel_stream_larger(state + {place.offset}, {source}, {size}, {new});"]
         if (step.first, step.stride) != (1, 1):
             number = len(self.waits)
             self.waits.append((step.first, step.stride))
@@ -442,7 +455,7 @@ def stream_model(program: StreamProgram, classes: Sequence[str] = (), straight: 
         "static uint8_t columns, segment, full;\n",
         f"static uint8_t wait[{len(writer.waits)}];\n" if writer.waits else "",
         f"static uint8_t held[{len(writer.queues)}];\n" if writer.queues else "",
-        "\n" + "\n".join(writer.functions) if writer.functions else "",
+        _APART + "\n".join(writer.functions) if writer.functions else "",
         "\nvoid kestrel_stream_start(void)\n{\n",
         block(
             [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from kestrel.errors import KestrelError
 from kestrel.lower.tensor import field_bits
 
 QUAD, PAIR, WIDE, POWER = "KESTREL_STREAM_QUAD", "KESTREL_STREAM_PAIR", "KESTREL_STREAM_WIDE", "KESTREL_STREAM_POWER"
-BLOCK = 7  # outputs whose sums stay in registers: RV32E has eleven to spare
+BLOCK = 8  # outputs whose sums stay in registers, of the twelve that RV32E has to spare
 _LINE = "    "
 
 
@@ -73,12 +74,18 @@ def kind_of(storage: str) -> tuple[str, bool]:
 def straight_lines(weights: np.ndarray, block: int = BLOCK) -> Iterator[str]:
     """Statements that add W x to `sums`, of x int8 and weights int [outputs, inputs]; a block of outputs at a time.
 
-    Each value of a block's weights is made once for an input, by shifts and additions, and added to the sums that it belongs to.
+    Each value of a block's weights is made once for an input, by shifts and additions, and added to the sums that it belongs
+    to. Odd weights are 2 k + 1: the sum of all inputs is shared, and k has fewer digits, many of them none.
     """
-    for start in range(0, len(weights), block):
-        rows = weights[start : start + block]
+    halves = _halves(weights)
+    if halves is not None:
+        yield "int32_t all = 0;"
+        yield from (f"all += in[{place}];" for place in range(weights.shape[1]))
+        weights = halves
+    for start, rows in _blocks(weights, block):
         yield "{"
-        sums = ", ".join(f"a{o} = sums[{start + o}]" for o in range(len(rows)))
+        first = "0" if halves is not None else "sums[{place}]"
+        sums = ", ".join(f"a{o} = {first.format(place=start + o)}" for o in range(len(rows)))
         yield f"{_LINE}int32_t {sums}, x;"
         for place in range(weights.shape[1]):
             column = rows[:, place]
@@ -87,8 +94,21 @@ def straight_lines(weights: np.ndarray, block: int = BLOCK) -> Iterator[str]:
             yield f"{_LINE}x = in[{place}];"
             yield from (_LINE + line for line in _additions(column))
         for o in range(len(rows)):
-            yield f"{_LINE}sums[{start + o}] = a{o};"
+            found = f"sums[{start + o}] + all + 2 * a{o}" if halves is not None else f"a{o}"
+            yield f"{_LINE}sums[{start + o}] = {found};"
         yield "}"
+
+
+def _blocks(weights: np.ndarray, block: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first output, rows) of blocks of nearly the same size."""
+    count = -(-len(weights) // block)
+    starts = [len(weights) * place // count for place in range(count + 1)]
+    yield from ((first, weights[first:last]) for first, last in itertools.pairwise(starts))
+
+
+def _halves(weights: np.ndarray) -> np.ndarray | None:
+    """k of weights that are all 2 k + 1, where that is worth it."""
+    return (weights - 1) // 2 if (weights & 1).all() and np.abs(weights).max() > 1 else None
 
 
 def _additions(column: np.ndarray) -> Iterator[str]:
@@ -129,8 +149,10 @@ def multiple(factor: int) -> str:
 def straight_cost(weights: np.ndarray, block: int = BLOCK) -> int:
     """Instructions of the straight lines, by their operations: loads, shifts, additions."""
     total = 0
-    for start in range(0, len(weights), block):
-        rows = weights[start : start + block]
+    halves = _halves(weights)
+    if halves is not None:
+        weights, total = halves, 2 * weights.shape[1] + 2 * len(weights)
+    for _, rows in _blocks(weights, block):
         total += 2 * len(rows)
         for column in rows.T:
             total += int(column.any())

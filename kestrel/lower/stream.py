@@ -76,13 +76,15 @@ class Compute(Step):
 class Window(Step):
     """Appends a column of `source` to the latest `size` ones; ends the run unless `stride` columns came since the last time.
 
-    `first`: columns before the first output (size less the zeros that precede the clip). `output` are the columns together.
+    `first`: columns before the first output (size less the zeros that precede the clip). `output` are the columns together, or
+    where `running` the largest of their values: pools that do not overlap keep one column.
     """
 
     source: str
     size: int
     stride: int
     first: int
+    running: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +296,8 @@ class _Maker:
         name = self._source(op)[0]
         made = f"{op.outputs[0]}.window"
         self.program.streams[made] = stream
-        self.program.steps.append(Window(made, name, size, stride, size - before))
+        running = isinstance(op, ops.MaxPool) and size == stride and self._along(window.size, stream)[1] == 1
+        self.program.steps.append(Window(made, name, size, stride, size - before, running))
 
     def _compute(self, op: ops.Op, axis: int | None) -> None:
         self.program.streams[op.outputs[0]] = self._stream(op.outputs[0], axis)
@@ -474,7 +477,7 @@ def _place(program: StreamProgram) -> None:
     last = len(program.steps)
     for index, step in enumerate(program.steps):
         if isinstance(step, Window):
-            hold(step.output, step.size * program.streams[step.source].bytes)
+            hold(step.output, (1 if step.running else step.size) * program.streams[step.source].bytes)
         elif isinstance(step, Keep):
             hold(queue_name(step), step.depth * program.streams[step.output].bytes)
         elif isinstance(step, Pool):
@@ -580,13 +583,18 @@ def across(program: StreamProgram, op: ops.Conv2d | ops.DepthwiseConv2d | ops.Ma
     shape = op_input_shape(program, op)
     other = 1 - time
     window = op.window
+    depth = window.size[time]
+    if any(
+        isinstance(step, Window) and step.running and step.output == f"{op.outputs[0]}.window" for step in program.steps
+    ):
+        depth = 1
     return Across(
         shape[other],
         made.tensor.shape[other],
         window.size[other],
         window.stride[other],
         window.before[other],
-        window.size[time],
+        depth,
     )
 
 

@@ -78,6 +78,9 @@ void kestrel_stream_put(uint8_t *queue, int held, const void *column, int size);
 /* Of `depth` columns of `bytes` each, the `size` bytes from `first` on, which may lie outside: zeros there. */
 void kestrel_stream_patch(const int8_t *columns, int depth, int bytes, int first, int size, int8_t *patch);
 
+/* Keeps the larger values of a column (`size`, int8) and of what is kept, or the column `anew`. */
+void kestrel_stream_larger(void *kept, const void *column, int size, int anew);
+
 /* y [channels] = largest of x [rows][channels]. */
 void kestrel_stream_largest(const int8_t *x, int rows, int channels, int8_t *y);
 

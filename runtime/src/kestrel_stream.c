@@ -104,76 +104,126 @@ void kestrel_stream_bias(const void *bias, int bits, int outputs, int32_t *sums)
     }
 }
 
-static void fill(int16_t *table, uint32_t value, uint32_t step, int count)
+/* Compilers would follow the stores and compute with 16 bits, which costs instructions on a 32-bit processor. */
+#ifdef __GNUC__
+#define KEEP_WIDE(x) __asm__("" : "+r"(x))
+#define APART __attribute__((noinline))
+#else
+#define KEEP_WIDE(x)
+#define APART
+#endif
+
+#define ENTRY(place)                  \
+    table[place] = (int16_t)value;    \
+    value += step;                    \
+    KEEP_WIDE(value)
+
+#define FOUR_ENTRIES(first) \
+    ENTRY(first);           \
+    ENTRY(first + 1);       \
+    ENTRY(first + 2);       \
+    ENTRY(first + 3)
+
+APART static void fill_4(int16_t *table, int32_t value, int32_t step)
 {
-    int16_t *const end = table + count;
-    while (table < end) {
-        table[0] = (int16_t)value;
-        value += step;
-        table[1] = (int16_t)value;
-        value += step;
-        table[2] = (int16_t)value;
-        value += step;
-        table[3] = (int16_t)value;
-        value += step;
-        table += 4;
+    FOUR_ENTRIES(0);
+}
+
+/* table [16] = value, value + step, ... */
+APART static void fill_16(int16_t *table, int32_t value, int32_t step)
+{
+    FOUR_ENTRIES(0);
+    FOUR_ENTRIES(4);
+    FOUR_ENTRIES(8);
+    FOUR_ENTRIES(12);
+}
+
+static int32_t left(int32_t x, int bits)
+{
+    return (int32_t)((uint32_t)x << bits);
+}
+
+APART static void pair_table(int16_t *table, int32_t x, int32_t y, int odd)
+{
+    int16_t *const end = table + 16;
+    int32_t value = -left(x + y, 1 + odd);
+    if (odd) {
+        value += x + y;
     }
+    y = left(y, odd);
+    x = left(x, odd);
+    do {
+        fill_4(table, value, x);
+        value += y;
+        table += 4;
+    } while (table < end);
 }
 
-static uint32_t next(const int8_t **x, const int8_t *end)
+APART static void power_table(int16_t *table, int32_t x)
 {
-    return *x < end ? (uint32_t)(int32_t) * (*x)++ : 0;
+    int16_t *const end = table + 8;
+    do {
+        table[0] = (int16_t)x;
+        table[8] = (int16_t)-x;
+        x = left(x, 1);
+        table++;
+    } while (table < end);
 }
 
-/* Tables of four numbers: of 4 inputs, 8 inputs (PAIR) or 2 inputs (WIDE). */
-static const int8_t *make_tables(int kind, int odd, const int8_t *x, const int8_t *end, int16_t *table)
+APART static void quad_table(int16_t *table, int32_t x, int odd)
 {
-    int number, row;
-    for (number = 0; number < 4; number++, table += 16) {
-        const uint32_t value = next(&x, end), one = odd ? value : 0;
-        switch (kind) {
-        case KESTREL_STREAM_QUAD:
-            fill(table, one - (value << (3 + odd)), value << odd, 16);
-            break;
-        case KESTREL_STREAM_PAIR: {
-            const uint32_t second = next(&x, end);
-            uint32_t high = (odd ? second : 0) - (second << (1 + odd));
-            for (row = 0; row < 16; row += 4) {
-                fill(table + row, high + one - (value << (1 + odd)), value << odd, 4);
-                high += second << odd;
-            }
-            break;
-        }
-        case KESTREL_STREAM_WIDE:
-            fill(table, one, value << odd, 16);
+    fill_16(table, odd ? x - left(x, 4) : -left(x, 3), left(x, odd));
+}
+
+APART static void wide_tables(int16_t *table, int32_t x, int odd)
+{
+    fill_16(table, odd ? x : 0, left(x, odd));
+    x = left(x, 4 + odd);
+    fill_16(table + 16, -left(x, 3), x);
+}
+
+/* Tables of four numbers: of 4 inputs, 8 inputs (PAIR) or 2 inputs (WIDE); of fewer at the end, where others hold 0. */
+static const int8_t *make_tables(const kestrel_stream_matrix *m, const int8_t *x, const int8_t *end, int16_t *table)
+{
+    int number;
+    for (number = 0; number < 4; number++) {
+        const int32_t value = x < end ? *x++ : 0;
+        if (m->kind == KESTREL_STREAM_QUAD) {
+            quad_table(table, value, m->odd);
+        } else if (m->kind == KESTREL_STREAM_PAIR) {
+            pair_table(table, value, x < end ? *x++ : 0, m->odd);
+        } else if (m->kind == KESTREL_STREAM_WIDE) {
+            wide_tables(table, value, m->odd);
             number++;
             table += 16;
-            fill(table, 0 - (value << (7 + odd)), value << (4 + odd), 16);
-            break;
-        default:
-            for (row = 0; row < 8; row++) {
-                table[row] = (int16_t)(value << row);
-                table[row + 8] = (int16_t)(0 - (value << row));
-            }
+        } else {
+            power_table(table, value);
         }
+        table += 16;
     }
     return x;
+}
+
+#define LOOKED_UP(number, two_bytes) (*(const int16_t *)((const char *)(tables + 16 * (number)) + ((two_bytes) & 30)))
+
+/* Adds the entries that a group's weights name to the sums of all outputs. */
+APART static const uint16_t *add_entries(const uint16_t *weights, const int16_t *tables, int32_t *sum, const int32_t *last)
+{
+    do {
+        const uint32_t four = *weights++;
+        *sum += LOOKED_UP(0, four << 1) + LOOKED_UP(1, four >> 3) + LOOKED_UP(2, four >> 7) + LOOKED_UP(3, four >> 11);
+        sum++;
+    } while (sum < last);
+    return weights;
 }
 
 void kestrel_stream_product(const kestrel_stream_matrix *m, const int8_t *x, int32_t *sums, int16_t *tables)
 {
     const uint16_t *weights = m->weights;
     const int8_t *const end = x + m->inputs;
-    int32_t *const last = sums + m->outputs;
     while (x < end) {
-        int32_t *sum = sums;
-        x = make_tables(m->kind, m->odd, x, end, tables);
-        do {
-            const uint32_t four = *weights++;
-            *sum += tables[four & 15] + tables[16 + (four >> 4 & 15)] + tables[32 + (four >> 8 & 15)] +
-                    tables[48 + (four >> 12)];
-            sum++;
-        } while (sum < last);
+        x = make_tables(m, x, end, tables);
+        weights = add_entries(weights, tables, sums, sums + m->outputs);
     }
 }
 
@@ -221,6 +271,15 @@ void kestrel_stream_patch(const int8_t *columns, int depth, int bytes, int first
             *patch++ = place >= 0 && place < bytes ? columns[place] : 0;
         }
         columns += bytes;
+    }
+}
+
+void kestrel_stream_larger(void *kept, const void *column, int size, int anew)
+{
+    int8_t *old = kept;
+    const int8_t *x = column;
+    for (; size > 0; size--, old++, x++) {
+        *old = anew || *x > *old ? *x : *old;
     }
 }
 

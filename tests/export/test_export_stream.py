@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("stream_driver.c")
 INCLUDE, KERNELS = ROOT / "runtime" / "include", ROOT / "runtime" / "src" / "kestrel_stream.c"
 WARNINGS = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Wstrict-prototypes", "-Werror"]
-SANITIZERS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 
 pytestmark = pytest.mark.skipif(
@@ -132,6 +132,6 @@ def test_digit_codes() -> None:
 def test_straight_lines_cost_what_they_hold() -> None:
     rng = np.random.default_rng(2)
     ternary, four = weights(rng, (17, 63), "ternary").values, weights(rng, (17, 63), "odd4").values
-    assert straight_cost(ternary) / ternary.size < 1.2 and straight_cost(four) / four.size < 2.4
+    assert straight_cost(ternary) / ternary.size < 1.2 and straight_cost(four) / four.size < 2
     text = "\n".join(straight_lines(ternary))
     assert text.count("+= x;") + text.count("-= x;") == np.count_nonzero(ternary)

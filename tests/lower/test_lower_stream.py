@@ -101,7 +101,7 @@ def test_rates_and_queues() -> None:
 
 def test_memory_holds_columns_not_clips() -> None:
     program = stream_program(narrow_form(spotter().graph))
-    kept = 3 * 20 + 2 * 24 + 2 * 24 + 3 * 5 * 24 + 4 * 24 * 2  # stem, pool, queue, blocks, segments
+    kept = 3 * 20 + 24 + 2 * 24 + 3 * 5 * 24 + 4 * 24 * 2  # stem, running pool, queue, blocks, segments
     assert program.state == kept
     assert program.scratch <= 64 + 4 * 64 + 128 + 24 + 24 + 2 * 24
     longer = stream_program(narrow_form(spotter(frames=97).graph))

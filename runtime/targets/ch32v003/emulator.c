@@ -78,31 +78,28 @@ static void finish(void)
 
 int spotter_source(kestrel_shift_frontend *fe)
 {
-    if (next < 0 || next == CLIP_SAMPLES) {
-        if (next < 0) {
-            input = open_file("clips.bin", 1, 9);
-            output = open_file("logits.bin", 5, 10);
-        }
-        next = 0;
-        if (transfer(READ, input, clip, sizeof clip) != 0) {
-            finish();
-            return SPOTTER_STOP;
-        }
-        return SPOTTER_BEGIN;
-    }
-    while (!kestrel_shift_frontend_ready(fe)) {
+    while (next >= 0 && next < CLIP_SAMPLES && !kestrel_shift_frontend_ready(fe)) {
 #ifdef SPOTTER_TIMING
         const uint32_t start = spotter_ticks();
 #endif
-        if (next == CLIP_SAMPLES) {
-            return spotter_source(fe);
-        }
         kestrel_shift_frontend_sample(fe, clip[next++]);
 #ifdef SPOTTER_TIMING
         spent[0] += spotter_ticks() - start;
 #endif
     }
-    return SPOTTER_FRAME;
+    if (next >= 0 && kestrel_shift_frontend_ready(fe)) {
+        return SPOTTER_FRAME;
+    }
+    if (next < 0) {
+        input = open_file("clips.bin", 1, 9);
+        output = open_file("logits.bin", 5, 10);
+    }
+    next = 0;
+    if (transfer(READ, input, clip, sizeof clip) == 0) {
+        return SPOTTER_BEGIN;
+    }
+    finish();
+    return SPOTTER_STOP;
 }
 
 void spotter_sink(const int32_t *logits, int answer)
