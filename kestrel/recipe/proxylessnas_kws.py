@@ -16,9 +16,9 @@ from kestrel.settings import build as build_settings
 from kestrel.settings import load_yaml, setting
 
 if TYPE_CHECKING:
-    from kestrel.models.proxyless import ProxylessNet, SuperNet
-    from kestrel.models.quant_net import LowBitPlan
+    from kestrel.models.quant_net import LowBitPlan, QuantNet
 
+BASELINE = "tc-resnet8"  # kestrel.models.tc_resnet
 PUBLISHED = Path(__file__).resolve().parents[2] / "recipes" / "proxylessnas_kws" / "published.yaml"
 
 
@@ -73,7 +73,7 @@ def architecture(model: ModelSpec) -> Architecture | None:
         return read_file(Path(model.net))
     known = load_yaml(PUBLISHED)["nets"]
     if model.net not in known:
-        raise unknown("value of model.net", model.net, known)
+        raise unknown("value of model.net", model.net, [*known, BASELINE])
     row = known[model.net]
     data = {"width_mult": row["width_mult"], "blocks": parse_blocks(row["blocks"])}
     found: Architecture = build_settings(Architecture, data)
@@ -105,7 +105,7 @@ def plan(model: ModelSpec, *, activations: bool) -> LowBitPlan:
     )
 
 
-def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> ProxylessNet | SuperNet:
+def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> QuantNet:
     """The network that the settings name, or the super-network, for features of `input_shape` (frames, width).
 
     In the super-network weights are quantised, activations are not.
@@ -113,10 +113,14 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Proxy
     from kestrel.models.proxyless import Frame, ProxylessNet, SuperNet
     from kestrel.nn.mbconv import Making
 
-    named = architecture(model)
     make = Making(
         model.bn_momentum, model.bn_eps, model.act_bits or 8, model.act_ranges, model.model_init, model.init_div_groups
     )
+    if model.net == BASELINE:
+        from kestrel.models.tc_resnet import TcResNet8
+
+        return TcResNet8(input_shape[1], classes, make, plan(model, activations=True), model.dropout)
+    named = architecture(model)
     frame = Frame(input_shape, classes, make, plan(model, activations=True), model.dropout)
     if named is not None:
         return ProxylessNet(named, frame)
