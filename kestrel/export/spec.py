@@ -12,7 +12,7 @@ class ExportSpec:
     """Stage 6."""
 
     weight_bits: int = setting(
-        8, "bits of the exported codes of weights that were trained without quantisation", min=2, max=16
+        8, "bits of the exported codes of weights that were trained without quantisation", min=1, max=16
     )
     onnx: bool = setting(True, "write the network as ONNX, float and QDQ, and check both in onnxruntime")
     c: bool = setting(True, "write the integer model as a C program and prove it bit-identical (needs gcc and make)")

@@ -13,6 +13,7 @@ from typing import Any
 
 from kestrel.errors import KestrelError
 from kestrel.pipeline.config import load_config
+from kestrel.pipeline.published import read_published
 from kestrel.pipeline.stages import Run, done_file, present, result_id, settings_of, started_file
 from kestrel.pipeline.sweep import POINTS, REPEATS
 from kestrel.score import plots, sweep_plots
@@ -71,7 +72,7 @@ def gather(root: Path, folder: Path) -> Gathered:
     header, lines = summary_rows(content)
     _write_csv(folder / "summary.csv", header, lines)
     failed = sum(row["status"] != "ok" for row in rows)
-    return Gathered(table, len(rows), failed, tuple(draw(folder, content)))
+    return Gathered(table, len(rows), failed, tuple(draw(root, folder, content)))
 
 
 def finished(root: Path, exp: Path) -> bool:
@@ -204,15 +205,16 @@ def _series_name(content: dict[str, Any], values: dict[str, Any]) -> str:
 def plotted(content: dict[str, Any]) -> list[Setting]:
     """The settings of a gathered sweep that have a result, as the pictures take them."""
     found = []
+    figure = content.get("y", "accuracy")
     for values, rows in settings(content):
-        good = [row for row in rows if row["status"] == "ok"]
+        good = [row for row in rows if row["status"] == "ok" and row.get(figure) is not None]
         if good:
             x = values[content["x"]] if content["x"] in values else good[0]["values"][content["x"]]
             found.append(
                 Setting(
                     x,
                     _series_name(content, values),
-                    tuple(row["accuracy"] for row in good),
+                    tuple(row[figure] for row in good),
                     tuple(row["energy_uj"] for row in good if row.get("energy_uj") is not None),
                 )
             )
@@ -242,11 +244,12 @@ def _title(content: dict[str, Any]) -> str:
     return f"{content['recipe']}: {content['name']}, variant {made}\n{protocols}"
 
 
-def draw(folder: Path, content: dict[str, Any]) -> list[Path]:
+def draw(root: Path, folder: Path, content: dict[str, Any]) -> list[Path]:
     """Draw the pictures of a gathered sweep into its folder; none where no point has a result."""
     found = plotted(content)
     if not found:
         return []
+    pareto = _pareto(root, folder, content)
     title, label = _title(content), content["labels"].get(content["x"], content["x"])
     reference = content["reference"]
     paths = [folder / "accuracy.png"]
@@ -269,7 +272,45 @@ def draw(folder: Path, content: dict[str, Any]) -> list[Path]:
     together = _ablation(folder, content)
     if together is not None:
         paths.append(together)
-    return paths
+    return [*paths, *pareto]
+
+
+def _pareto(root: Path, folder: Path, content: dict[str, Any]) -> list[Path]:
+    """pareto.csv and pareto.png: accuracy against multiply-adds and bytes, for networks of different size.
+
+    Published networks of the recipe's published.yaml stand beside them, at 8 bits.
+    """
+    found = []
+    for values, rows in settings(content):
+        good = [row for row in rows if row["status"] == "ok" and row.get("macs") and row.get("weight_bytes")]
+        if good:
+            label = (
+                ", ".join(f"{key.split('.')[-1]} = {_level(value)}" for key, value in values.items())
+                or good[0]["point"]
+            )
+            macs, stored = (statistics.fmean(row[key] for row in good) for key in ("macs", "weight_bytes"))
+            found.append(sweep_plots.Network(label, macs, stored, tuple(row["accuracy"] for row in good)))
+    if len({(each.macs, each.bytes) for each in found}) < 2:
+        return []
+    published = [
+        sweep_plots.Network(name, 1e6 * net.ops, 1e3 * net.weights, (net.accuracy / 100,))
+        for name, net in read_published(root, content["recipe"]).nets.items()
+    ]
+    front = sweep_plots.front([(each.macs, each.mean) for each in found])
+    light = sweep_plots.front([(each.bytes, each.mean) for each in found])
+    _write_csv(
+        folder / "pareto.csv",
+        ["network", "kind", "macs", "weight_bytes", "accuracy", "runs", "best_at_macs", "best_at_bytes"],
+        [
+            [each.label, kind, round(each.macs), round(each.bytes), round(each.mean, 6), len(each.accuracy),
+             kind == "here" and (each.macs, each.mean) in front, kind == "here" and (each.bytes, each.mean) in light]
+            for kind, group in (("here", found), ("published", published))
+            for each in group
+        ],
+    )  # fmt: skip
+    path = folder / "pareto.png"
+    sweep_plots.pareto(found, published, _title(content), path)
+    return [path]
 
 
 def _bars(content: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:

@@ -15,9 +15,8 @@ from kestrel.errors import KestrelError, UsageError
 from kestrel.models.evaluate import wilson
 from kestrel.pipeline.console import duration
 from kestrel.pipeline.gather import spread, summary_rows
+from kestrel.pipeline.published import Published, read_published
 from kestrel.pipeline.sweep import REPEATS
-from kestrel.settings import build as build_settings
-from kestrel.settings import load_yaml, setting
 from kestrel.store.atomic import read_json, write_json, write_text
 from kestrel.store.markdown import table
 
@@ -37,27 +36,7 @@ _NEEDED = (
 )
 _SEED = re.compile(r"(?:^|[-_,])seed[=]?\d+$")
 _DIRTY = "\\*"
-PICTURES = ("accuracy.png", "energy.png", "error.png")  # of a sweep, kept beside its results
-
-
-@dataclass
-class Figure:
-    """One published figure."""
-
-    system: str = setting("", "what it is a figure of")
-    accuracy: float | None = setting(None, "per cent", min=0, max=100)
-    energy_uj: float | None = setting(None, "uJ per decision", min=0)
-    parameters: int | None = setting(None, "parameters", min=0)
-    protocol: str = setting("", "test clips, where known")
-    source: str = setting("", "where it is published")
-
-
-@dataclass
-class Published:
-    """published.yaml of a recipe."""
-
-    note: str = setting("", "what to know before comparing")
-    figures: list[Figure] = setting([], "figures")
+PICTURES = ("accuracy.png", "energy.png", "error.png", "pareto.png")  # of a sweep, kept beside its results
 
 
 def results_folder(root: Path, recipe: str) -> Path:
@@ -190,9 +169,9 @@ def results_text(root: Path, recipe: str) -> str:
             shown = [name for picture in PICTURES if (folder / (name := f"{content['name']}-{picture}")).exists()]
             if shown:
                 parts.append("\n".join(f"![{name.removesuffix('.png')}](results/sweeps/{name})" for name in shown))
-    published = root / "recipes" / recipe / "published.yaml"
-    if published.exists():
-        parts += _published(build_settings(Published, load_yaml(published), published.name))
+    published = read_published(root, recipe)
+    if published.figures or published.nets:
+        parts += _published(published)
     return "\n\n".join(parts) + "\n"
 
 
@@ -329,8 +308,22 @@ def _published(published: Published) -> list[str]:
     for figure in published.figures:
         if not figure.system or not figure.source:
             raise UsageError("published.yaml: each figure needs a system and a source")
-    return [
-        "## Published figures",
-        published.note.strip(),
-        table([header[index] for index in shown], [[row[index] for index in shown] for row in rows]),
-    ]
+    lines = ["## Published figures", published.note.strip()]
+    if rows:
+        lines.append(table([header[index] for index in shown], [[row[index] for index in shown] for row in rows]))
+    if published.nets:
+        names = ("network", "accuracy", "operations, M", "weights, k", "coefficients", "width", "blocks")
+        cells = [
+            [
+                name,
+                f"{net.accuracy:g} %",
+                f"{net.ops:g}",
+                f"{net.weights:g}",
+                net.n_mfcc,
+                f"{net.width_mult:g}",
+                net.blocks,
+            ]
+            for name, net in published.nets.items()
+        ]
+        lines.append(table(names, cells))
+    return lines

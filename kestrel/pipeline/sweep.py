@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kestrel.errors import UsageError
 from kestrel.settings import build, load_yaml, parse_assignment, setting
@@ -68,6 +68,7 @@ class Sweep:
         {}, "settings of scoring alone -> values; each trained point is scored at each"
     )
     x: str | None = setting(None, "axis drawn to the right; default: the last one of score or the first one of grid")
+    y: Literal["accuracy", "integer_accuracy"] = setting("accuracy", "figure of the pictures")
     labels: dict[str, str] = setting({}, "axis -> its name in pictures; default: the help of the setting")
     reference: Reference | None = setting(None, "published figures to draw beside")
     stop_stage: int = setting(5, "last stage of each point", min=0, max=6)
@@ -197,6 +198,7 @@ def write_points(folder: Path, sweep: Sweep, points: list[Point], description: M
         **description,
         "axes": sweep.axes,
         "x": sweep.x_axis,
+        "y": sweep.y,
         "reference": None
         if sweep.reference is None
         else {"source": sweep.reference.source, "lines": [vars(line) for line in sweep.reference.lines]},

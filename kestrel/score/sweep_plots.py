@@ -248,6 +248,62 @@ def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]
     return (bx - ax) * (c[1] - a[1]) - (b[1] - a[1]) * (cx - ax)
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network by its size and its accuracy (0-1) over repeats."""
+
+    label: str
+    macs: float
+    bytes: float
+    accuracy: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy, 0-1."""
+        return statistics.fmean(self.accuracy)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, accuracy) that no other beats in both, from the cheapest to the most accurate one."""
+    found: list[tuple[float, float]] = []
+    for cost, right in sorted(set(points), key=lambda point: (point[0], -point[1])):
+        if not found or right > found[-1][1]:
+            found.append((cost, right))
+    return found
+
+
+def pareto(found: Sequence[Network], published: Sequence[Network], title: str, path: Path) -> None:
+    """Draw accuracy against multiply-adds and against bytes of weights (logarithmic), with the fronts of both.
+
+    Published networks are hollow: they were measured on other clips.
+    """
+    with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 10}):
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        for axes, key, label in zip(
+            figure.subplots(1, 2, sharey=True), ("macs", "bytes"), ("multiply-adds", "bytes of weights"), strict=True
+        ):
+            axes.set_xscale("log")
+            points = [(getattr(each, key), 100 * each.mean) for each in found]
+            axes.plot(*zip(*front(points), strict=True), "-", color=GREY, linewidth=4, alpha=0.3, label="best for their cost", zorder=1)  # fmt: skip
+            axes.plot(*zip(*points, strict=True), "o", color=COLOURS[0], markersize=6, label="here", zorder=3)
+            for (cost, right), each in zip(points, found, strict=True):
+                if len(found) <= 12:
+                    axes.annotate(
+                        _wrapped(each.label, 28), (cost, right), (6, 4), textcoords="offset points", fontsize=7.5
+                    )
+            if published:
+                axes.plot(
+                    [getattr(each, key) for each in published], [100 * each.mean for each in published], "o",
+                    color=COLOURS[1], markerfacecolor="none", markersize=5, alpha=0.7, label="published (other test clips)", zorder=2,
+                )  # fmt: skip
+            axes.set_xlabel(label)
+            _plain(axes)
+        figure.axes[0].set_ylabel("accuracy, %")
+        figure.axes[0].legend(frameon=False, loc="lower right", fontsize=9)
+        _title(figure, title)
+        save(figure, path)
+
+
 def accuracy_energy(settings: Sequence[Setting], label: str, title: str, path: Path) -> None:
     """Draw accuracy against energy (logarithmic): mean and standard deviation of each setting, and the Pareto hull."""
     names = _series(settings)

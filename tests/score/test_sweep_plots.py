@@ -11,11 +11,14 @@ from score_kit import metrics_csv
 from kestrel.score import sweep_plots
 from kestrel.score.sweep_plots import (
     Line,
+    Network,
     Setting,
     Strip,
     accuracy_against,
     accuracy_energy,
     error_curves,
+    front,
+    pareto,
     pareto_hull,
     strips,
 )
@@ -117,3 +120,16 @@ def test_error_curves_of_runs_and_phases(tmp_path):
     same_twice(tmp_path, lambda path: error_curves(runs, "toy", path))
     error_curves([("alone", [("pretrain", first)])] * 9, "toy", tmp_path / "nine.png")
     assert (tmp_path / "nine.png").stat().st_size > 5000
+
+
+def test_front_is_what_no_other_point_beats() -> None:
+    points = [(3.0, 90.0), (1.0, 80.0), (2.0, 79.0), (4.0, 90.0), (3.0, 85.0), (5.0, 95.0)]
+    assert front(points) == [(1.0, 80.0), (3.0, 90.0), (5.0, 95.0)]
+
+
+def test_pareto_picture(tmp_path: Path) -> None:
+    found = [Network(f"net {k}", 1e6 * k, 2e4 * k, (0.9 + 0.01 * k,)) for k in (1, 2, 3)]
+    published = [Network("theirs", 3e6, 5e4, (0.95,))]
+    for name in ("a.png", "b.png"):
+        pareto(found, published, "title", tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
