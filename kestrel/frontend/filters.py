@@ -31,6 +31,10 @@ def check(spec: FrontendSpec) -> None:
         problem = "log_floor must be above 0, or silence becomes minus infinity"
     elif spec.arithmetic != "shift-add" and (spec.decimation != 1 or spec.log == "log2"):
         problem = "decimation 2 and log: log2 need arithmetic: shift-add"
+    elif spec.filters == "iir" and (spec.framing != "window" or spec.coefficients is not None):
+        problem = "filters: iir needs framing: window and no coefficients"
+    elif spec.filters == "iir" and (spec.arithmetic != "float" or spec.log == "log2"):
+        problem = "filters: iir has no fixed-point form: set arithmetic to float"
     if problem:
         raise UsageError(f"front end {spec.name!r}: {problem}")
 

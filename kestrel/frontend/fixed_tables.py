@@ -181,6 +181,8 @@ def _check_fixed(spec: FrontendSpec) -> None:
     problem = None
     if spec.arithmetic == "shift-add":
         problem = "arithmetic shift-add has a C form of its own (docs/microcontroller.md)"
+    elif spec.filters == "iir":
+        problem = "filters iir has no fixed-point form"
     elif spec.power not in (1.0, 2.0):
         problem = f"power {spec.power:g} has no fixed-point form, choose 1 or 2"
     elif spec.n_fft % 2 == 0 and (spec.n_fft % 4 or largest_prime_factor(spec.n_fft) > LARGEST_RADIX):

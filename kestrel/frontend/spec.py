@@ -28,6 +28,12 @@ class FrontendSpec:
         "fft",
         "fft: frames of n_fft samples with the window in their middle; window: frames of `window` samples, no centring",
     )
+    filters: Literal["mel", "iir"] = setting(
+        "mel",
+        "mel: triangles over a Fourier transform; iir: recursive band-pass filters, rectified and averaged by frame",
+    )
+    quality: float = setting(3.0, "filters iir: centre of a band / its width", min=0.6, max=1000)
+    order: int = setting(2, "filters iir: order of a Butterworth band-pass filter", min=1, max=8)
     window_function: Literal["hann", "hamming"] = setting("hann", "analysis window: periodic Hann or symmetric Hamming")
     power: float = setting(2.0, "exponent of the magnitude spectrum (2 = power, 1 = magnitude)", min=0.5, max=2)
     spectrum_scale: float = setting(1.0, "factor on the spectrum, before its exponent", min=0)
@@ -51,7 +57,7 @@ class FrontendSpec:
 
 
 def stored(spec: FrontendSpec) -> dict[str, Any]:
-    """The settings as feature files and done-markers hold them; `arithmetic` and `decimation` only where they are not usual.
+    """The settings as feature files and done-markers hold them; those that came later only where they are not usual.
 
     So features are the same bytes as before these settings existed, and nothing that was made from them is outdated.
     """
@@ -60,6 +66,9 @@ def stored(spec: FrontendSpec) -> dict[str, Any]:
         del settings["arithmetic"]
     if spec.decimation == 1:
         del settings["decimation"]
+    if spec.filters == "mel":
+        for name in ("filters", "quality", "order"):
+            del settings[name]
     return settings
 
 
