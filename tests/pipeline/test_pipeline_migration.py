@@ -98,7 +98,7 @@ def test_every_setting_of_a_recipe_file_is_documented_by_its_original_name(recip
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     comments = "\n".join(line.partition("#")[2] for line in text.splitlines())
     ours = {option for action in _parser()._actions for option in action.option_strings}
-    named = set(re.findall(r"--[a-zA-Z0-9-]+", comments)) - ours
+    named = set(re.findall(r"--[a-zA-Z0-9_-]+", comments)) - ours
     table = {original.strip("`") for name, original, _, _ in rows() if name == recipe}
     assert named <= table, sorted(named - table)
     assert named or {option for option in table if re.search(rf"\b{re.escape(option)}\b", comments)}  # keys of a file
