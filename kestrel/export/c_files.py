@@ -19,6 +19,7 @@ MODEL_FILES = {
     "kestrel_isa.c": "the choice among them when a program starts",
     "kestrel_fast.h": "vector kernels, element by element",
     "kestrel_products.h": "vector kernels of products",
+    "kestrel_sparse.h": "vector kernels of changes",
     "kestrel_vector.h": "vector operations of AVX2, AVX-512 and NEON",
     "kestrel_avx2.c": "kernels for AVX2",
     "kestrel_avx512.c": "kernels for AVX-512 with VNNI",

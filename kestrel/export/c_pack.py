@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kestrel.lower.columns import BALANCED, GROUPS, layout_of
 from kestrel.lower.memory import DIRECT
-from kestrel.lower.tensor import field_bits, sparse_row_bytes
+from kestrel.lower.tensor import COLUMN_STORAGES, field_bits, sparse_row_bytes
+from kestrel.quant import cbcsc
 from kestrel.quant.packing import pack
 
 KINDS = {"int4": "KESTREL_INT4", "int2": "KESTREL_INT2", "ternary": "KESTREL_TERNARY", "binary": "KESTREL_BINARY"}
@@ -23,6 +25,7 @@ class Packed:
     bits: int
     field_bits: int
     bitmap_bytes: int = 0
+    lanes: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -36,6 +39,8 @@ def pack_rows(values: np.ndarray, storage: str) -> Packed:
         return Packed(values.astype(f"int{bits}"), "KESTREL_DIRECT", bits, 0)
     if storage == "ternary":
         return Packed(_ternary(values), KINDS[storage], 8, 0)
+    if storage in COLUMN_STORAGES:
+        return _balanced(values) if storage == BALANCED else _groups(values)
     if storage.startswith("sparse"):
         return _sparse(values, field_bits(storage))
     odd = storage.startswith("odd")
@@ -68,3 +73,27 @@ def _sparse(values: np.ndarray, bits: int) -> Packed:
         fields = np.frombuffer(pack(found[found != 0], bits), np.uint8)
         row[bitmap : bitmap + len(fields)] = fields
     return Packed(array, "KESTREL_SPARSE", 8, bits, bitmap)
+
+
+def _balanced(values: np.ndarray) -> Packed:
+    """Values [K, M] of a column, then local rows [K, M]: low bytes, and high ones where they need two."""
+    layout = layout_of(values, BALANCED)
+    encoded = cbcsc.encode(values.T, layout.lanes, beats=layout.kept // layout.lanes)
+    local = encoded.local.reshape(len(values), -1)
+    parts = [encoded.values.reshape(len(values), -1), *(local >> 8 * byte for byte in range(layout.index_bytes))]
+    array = (np.concatenate(parts, axis=1) & 255).astype(np.uint8)
+    return Packed(array, "KESTREL_BALANCED", 8, 0, lanes=layout.lanes)
+
+
+def _groups(values: np.ndarray) -> Packed:
+    """Numbers of the groups that a column keeps, then their values; padded with group 0 and zeros."""
+    layout = layout_of(values, GROUPS)
+    count, rows = values.shape
+    blocks = values.reshape(count, rows // layout.lanes, layout.lanes)
+    used = blocks.any(axis=2)
+    order = np.argsort(~used, axis=1, kind="stable")[:, : layout.kept]
+    kept = np.take_along_axis(used, order, axis=1)
+    found = np.take_along_axis(blocks, order[..., None], axis=1)
+    parts = [np.where(kept, order, 0), found.reshape(count, -1)]
+    array = (np.concatenate(parts, axis=1) & 255).astype(np.uint8)
+    return Packed(array, "KESTREL_GROUPS", 8, 0, lanes=layout.lanes)

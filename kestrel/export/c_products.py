@@ -9,11 +9,14 @@ import numpy as np
 
 from kestrel.export.c_writer import Writer
 from kestrel.lower import ops
+from kestrel.lower.columns import GROUPS
 from kestrel.lower.memory import unpack_rows
 from kestrel.lower.ops import Op
 from kestrel.lower.tensor import Constant, Tensor
+from kestrel.quant.integer import twos_complement
 
 PANEL = 16  # most lanes of a vector
+INT8 = twos_complement(8)
 ROWS = 4  # rows of inputs that a vector kernel takes at once
 
 
@@ -35,8 +38,14 @@ def _matmul(w: Writer, op: ops.MatMul, tensors: dict[str, Tensor]) -> list[str]:
 def _accumulate(w: Writer, op: ops.Accumulate, tensors: dict[str, Tensor]) -> list[str]:
     outputs, width = op.weight.shape
     d_bits, y_bits = w.bits(op.inputs[1], op.outputs[0])
-    fields = w.weights(ops.weight_rows(op), op.weight, op.outputs[0]) + (
-        f"    .width = {width}, .outputs = {outputs}, .d_bits = {d_bits}, .y_bits = {y_bits},\n"
+    d = tensors[op.inputs[1]]
+    whole = op.weight.storage != GROUPS  # a vector kernel may unpack them
+    padded = -(-outputs // (4 * PANEL)) * 4 * PANEL
+    fields = (
+        w.weights(ops.weight_rows(op), op.weight, op.outputs[0])
+        + f"    .width = {width}, .outputs = {outputs}, .d_bits = {d_bits}, .y_bits = {y_bits},\n"
+        + w.prepared(op, width * padded if whole else 1, 1, max(outputs, 6 * (2 * width + 20)))
+        + ("    KESTREL_SMALL\n" if 2 * INT8[0] <= d.low and d.high <= 2 * INT8[1] else "")
     )
     pointers = (w.pointer(name) for name in (op.outputs[0], *op.inputs))
     return w.call("accumulate", "accumulate", op, fields, *pointers, w.scratch(op))

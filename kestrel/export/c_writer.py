@@ -116,6 +116,7 @@ class Writer:
         note = f"{name}: weights {' x '.join(map(str, values.shape))}, {constant.storage}"
         array = self.array(packed.array, f"{name}, weights", "weights", note)
         bitmap = f", .bitmap_bytes = {packed.bitmap_bytes}" if packed.bitmap_bytes else ""
+        bitmap += f", .lanes = {packed.lanes}" if packed.lanes else ""
         return (
             f"    .weights = {{.data = {array}, .kind = {packed.kind}, .bits = {packed.bits},"
             f" .field_bits = {packed.field_bits}, .row_bytes = {packed.row_bytes}{bitmap}}},\n"

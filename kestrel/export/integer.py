@@ -14,7 +14,7 @@ from kestrel.export.form import Part, Work
 from kestrel.lower import files
 from kestrel.lower.answers import Answers, accumulator_reach
 from kestrel.lower.graph import IntegerGraph
-from kestrel.lower.ops import Op
+from kestrel.lower.ops import Accumulate, Op, weight_rows
 from kestrel.lower.spotter import CLASS, FEATURES, LOGITS
 from kestrel.lower.tensor import Constant
 from kestrel.store.markdown import percent, table
@@ -88,12 +88,14 @@ def constants(graph: IntegerGraph) -> list[tuple[Op, str, Constant]]:
     return list(found.values())
 
 
-def packed(constant: Constant) -> bytes:
+def packed(constant: Constant, op: Op | None = None) -> bytes:
     """A constant at the bits of its storage as the C runtime reads it (kestrel.export.c_pack), little-endian.
 
-    Each index of the first axis begins at a whole byte.
+    Each index of the first axis begins at a whole byte, or where it is the weight of `op`, an Accumulate, each column.
     """
     values = constant.values
+    if isinstance(op, Accumulate):
+        values = weight_rows(op)
     array = pack_rows(values.reshape(len(values) if values.ndim > 1 else 1, -1), constant.storage).array
     return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
@@ -116,16 +118,16 @@ def write_constants(graph: IntegerGraph, path: Path) -> list[Section]:
 
     Multipliers and offsets are int32, little-endian: per op its multipliers, then its offsets where they are not 0.
     """
-    kinds: dict[str, list[Constant]] = {}
-    for _, name, constant in constants(graph):
-        kinds.setdefault(_KINDS.get(name, name), []).append(constant)
+    kinds: dict[str, list[tuple[Constant, Op]]] = {}
+    for op, name, constant in constants(graph):
+        kinds.setdefault(_KINDS.get(name, name), []).append((constant, op))
     scaling = [number for op, _ in graph.all_ops() for number in _scaling(op)]
     found = []
     with path.open("wb") as file:
         for kind, held in kinds.items():
             start = file.tell()
-            file.writelines(packed(constant) for constant in held)
-            found.append(Section(kind, sum(constant.values.size for constant in held), start, file.tell() - start))
+            file.writelines(packed(constant, op) for constant, op in held)
+            found.append(Section(kind, sum(constant.values.size for constant, _ in held), start, file.tell() - start))
         start = file.tell()
         file.write(np.array(scaling, "<i4").tobytes())
         found.append(Section("multipliers and offsets", len(scaling), start, file.tell() - start))
@@ -156,6 +158,6 @@ def _layers(graph: IntegerGraph) -> str:
             accumulator = reach.get(op.outputs[0])
             bits = None if accumulator is None else accumulator.bit_length() + 1
             row = (op.outputs[0], type(op).__name__, shape, constant.storage, f"int{x.bits}", bits, f"int{y.bits}")
-            rows.append((*row, len(packed(constant))))
+            rows.append((*row, len(packed(constant, op))))
     header = ("op", "kind", "weights", "stored as", "input", "accumulator bits", "output", "bytes")
     return table(header, rows)

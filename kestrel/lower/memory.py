@@ -28,7 +28,7 @@ from kestrel.lower.ops import (
     Reshape,
     Slice,
 )
-from kestrel.lower.tensor import Constant, Tensor
+from kestrel.lower.tensor import Constant, Tensor, leaves_out_zeros
 
 ALIGNMENT = 4
 INPUT_BITS = 16  # features arrive as int16, whatever their range is
@@ -132,7 +132,7 @@ def scratch_bytes(op: Op) -> int:
     if weight is None or weight.storage in DIRECT:
         return 0
     if isinstance(op, Accumulate):
-        return int(weight.shape[0])
+        return 0 if leaves_out_zeros(weight.storage) else int(weight.shape[0])
     if isinstance(op, DepthwiseConv2d):
         return math.prod(op.window.size) * DEPTHWISE_TILE
     assert isinstance(op, (MatMul, Conv2d))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kestrel.errors import KestrelError
-from kestrel.lower.tensor import Constant, Shape, Tensor
+from kestrel.lower.tensor import COLUMN_STORAGES, Constant, Shape, Tensor
 from kestrel.quant import integer
 from kestrel.quant.integer import INT32, Rescale
 
@@ -424,6 +424,7 @@ def _scaled(total: Array, rescale: Rescale | None) -> Array:
 def _linear_range(op: Op, weight: Constant, bias: Constant | None, x: Tensor) -> tuple[int, int]:
     """Range of the accumulators of a linear op, proven to fit 32 bits. weight [out, ...], bias [out]."""
     flat = weight.values.reshape(weight.shape[0], -1)
+    op.check(weight.storage not in COLUMN_STORAGES, f"storage {weight.storage} is for the columns of Accumulate")
     if bias is not None:
         op.check(bias.shape == (len(flat),), f"{len(flat)} outputs with a bias of shape {bias.shape}")
     low, high = sum_range(flat, None if bias is None else bias.values, x.low, x.high)

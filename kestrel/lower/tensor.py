@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from kestrel.errors import KestrelError
+from kestrel.lower.columns import BALANCED, BITS, GROUPS, best_layout
 from kestrel.quant.integer import INT32, twos_complement
 
 Shape = tuple[int, ...]
@@ -54,8 +55,9 @@ class Tensor:
 
 # Bits that an element takes when it is stored packed. `int<b>` is two's complement; `odd<b>` holds k of the odd value
 # 2k + 1, k two's complement of b bits (half-integer grids such as +-0.5, +-1.5, at twice their value); binary = odd1,
-# -1 and +1; ternary -1, 0, +1, five values to a byte; power4 +-2^e, e = 0..7. `sparse<b>` holds a bit for every element, and int<b> for those that
-# are not zero: the bits here are those of an element that is zero.
+# -1 and +1; ternary -1, 0, +1, five values to a byte; power4 +-2^e, e = 0..7. `sparse<b>` holds a bit for every element, and
+# int<b> for those that are not zero: the bits here are those of an element that is zero. `balanced` and `groups`
+# (kestrel.lower.columns) are for the columns of Accumulate; an element that is left out takes no bits.
 STORAGE_BITS: dict[str, float] = {
     **{f"int{bits}": bits for bits in (*range(2, 9), 16, 32)},
     **{f"odd{bits}": bits for bits in range(2, 9)},
@@ -63,7 +65,10 @@ STORAGE_BITS: dict[str, float] = {
     "binary": 1,
     "ternary": 1.6,
     "power4": 4,
+    BALANCED: 0,
+    GROUPS: 0,
 }
+COLUMN_STORAGES = (BALANCED, GROUPS)
 
 
 def storage_of(values: np.ndarray, bits: int | None = None) -> str:
@@ -74,12 +79,17 @@ def storage_of(values: np.ndarray, bits: int | None = None) -> str:
     return f"int{bits if bits <= 8 else 16 if bits <= 16 else bits}"
 
 
+def leaves_out_zeros(storage: str) -> bool:
+    """Whether elements that are zero take less than others."""
+    return storage in COLUMN_STORAGES or storage.startswith("sparse")
+
+
 _NO_LETTERS = {ord(letter): None for letter in string.ascii_lowercase}
 
 
 def field_bits(storage: str) -> int:
-    """Bits of a stored field of `int<b>`, `odd<b>` or `sparse<b>`."""
-    return int(storage.translate(_NO_LETTERS))
+    """Bits of a stored field of `int<b>`, `odd<b>`, `sparse<b>` or the storages of columns."""
+    return BITS if storage in COLUMN_STORAGES else int(storage.translate(_NO_LETTERS))
 
 
 def sparse_row_bytes(values: np.ndarray, bits: int) -> int:
@@ -124,16 +134,22 @@ class Constant:
         values = np.asarray(values)
         return cls(values, storage_of(values, bits))
 
-    def compact(self, rows: np.ndarray) -> Constant:
+    def compact(self, rows: np.ndarray, columns: bool = False) -> Constant:
         """These values with their zeros left out where that makes them a quarter smaller, else as they are.
 
         `rows`: the values as C stores them, [rows, length]. For weights of few bits (`int2`..`int8`, `ternary`).
+        `columns`: `rows` are the columns of an `Accumulate`. Their storages `balanced` and `groups` are taken where they are
+        a quarter smaller than a dense one and no more than a quarter larger than `sparse<b>`: kernels are faster with them.
         """
         if self.storage not in {*(f"int{bits}" for bits in range(2, 9)), "ternary"}:
             return self
         bits = 2 if self.storage == "ternary" else field_bits(self.storage)
         dense = math.ceil(rows.shape[1] / 5) if self.storage == "ternary" else math.ceil(rows.shape[1] * bits / 8)
-        return Constant(self.values, f"sparse{bits}") if 4 * sparse_row_bytes(rows, bits) <= 3 * dense else self
+        sparse = sparse_row_bytes(rows, bits)
+        best = best_layout(rows) if columns else None
+        if best is not None and 4 * best.column_bytes <= min(3 * dense, 5 * sparse):
+            return Constant(self.values, best.storage)
+        return Constant(self.values, f"sparse{bits}") if 4 * sparse <= 3 * dense else self
 
     @property
     def shape(self) -> Shape:

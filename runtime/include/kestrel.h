@@ -44,10 +44,12 @@ typedef struct {
     static kestrel_prepared name = {0, 0, name##_weights, name##_start, name##_factor, name##_offset, name##_rows};
 #define KESTREL_USE(name) .prepared = &name,
 #define KESTREL_POSITIVE .positive = 1,
+#define KESTREL_SMALL .small = 1,
 #else
 #define KESTREL_PREPARED(name, weight_bytes, sums, row_bytes)
 #define KESTREL_USE(name)
 #define KESTREL_POSITIVE
+#define KESTREL_SMALL
 #endif
 
 /* How a row of weights is stored. Every row starts at a byte; fields lie least significant bit first. */
@@ -60,7 +62,12 @@ enum {
     KESTREL_BINARY,   /* 8 to a byte, bit set = -1, clear = +1 */
     KESTREL_FIELDS,   /* two's complement fields of `field_bits` */
     KESTREL_ODD,      /* fields of `field_bits` that hold k of the value 2k + 1 */
-    KESTREL_SPARSE    /* a bit for every element, set where it is not zero, then fields of `field_bits` of those */
+    KESTREL_SPARSE,   /* a bit for every element, set where it is not zero, then fields of `field_bits` of those */
+    /* For kestrel_accumulate only: columns of W, each with the weights that are kept and their places. */
+    KESTREL_BALANCED, /* int8 values [K][lanes], then local rows [K][lanes]: value (k, lane) belongs to output
+                         local * lanes + lane. Local rows have 8 bits, or where outputs / lanes > 256 16 bits, all low
+                         bytes in front of all high ones. What pads a lane is a value 0 */
+    KESTREL_GROUPS    /* a byte for each group of `lanes` outputs that is kept, its number; then their int8 values */
 };
 
 typedef struct {
@@ -68,6 +75,7 @@ typedef struct {
     uint8_t kind;
     uint8_t bits;        /* of an element behind unpacking: 8, 16 or 32 */
     uint8_t field_bits;  /* KESTREL_FIELDS, KESTREL_ODD, KESTREL_SPARSE */
+    uint8_t lanes;       /* KESTREL_BALANCED, KESTREL_GROUPS */
     int32_t row_bytes;   /* from one row to the next */
     int32_t bitmap_bytes;  /* KESTREL_SPARSE: where the fields of a row begin */
 } kestrel_weights;
@@ -165,9 +173,13 @@ typedef struct {
     kestrel_weights weights;  /* transposed: one row of `outputs` per input, so a change of 0 skips a row */
     int32_t width, outputs;
     uint8_t d_bits, y_bits;   /* the memories have y_bits */
+#ifdef KESTREL_SIMD
+    uint8_t small;            /* every change is a sum of two int8 */
+    kestrel_prepared *prepared;
+#endif
 } kestrel_accumulate_op;
 
-/* y = m + W d. y may be m. scratch: `outputs` unpacked elements. */
+/* y = m + W d. y may be m. scratch: `outputs` unpacked elements (none where the weights leave out zeros). */
 void kestrel_accumulate(const kestrel_accumulate_op *op, void *y, const void *m, const void *d, void *scratch);
 
 typedef struct {

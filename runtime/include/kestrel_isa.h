@@ -22,12 +22,12 @@
 #define kestrel_multiply KESTREL_NAMED(kestrel_multiply)
 #define kestrel_interpolate KESTREL_NAMED(kestrel_interpolate)
 #define kestrel_matmul KESTREL_NAMED(kestrel_matmul)
+#define kestrel_accumulate KESTREL_NAMED(kestrel_accumulate)
 #define kestrel_conv KESTREL_NAMED(kestrel_conv)
 #define kestrel_depthwise KESTREL_NAMED(kestrel_depthwise)
 /* These take little time, or move values, and have no vector form. */
 #define kestrel_lookup kestrel_lookup_portable
 #define kestrel_delta kestrel_delta_portable
-#define kestrel_accumulate kestrel_accumulate_portable
 #define kestrel_max_pool kestrel_max_pool_portable
 #define kestrel_sum_pool kestrel_sum_pool_portable
 #define kestrel_copy kestrel_copy_portable

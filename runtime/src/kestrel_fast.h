@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Computers only: kernels on the vectors of kestrel_vector.h, compiled once for each instruction set. What has no vector form
- * here goes to the portable kernels. Element-wise ones are in this file, products in kestrel_products.h.
+ * here goes to the portable kernels. Element-wise ones are in this file, products in kestrel_products.h, those of
+ * changes in kestrel_sparse.h.
  */
 #include "kestrel_inner.h"
 #include "kestrel_vector.h"
@@ -225,5 +226,6 @@ void kestrel_interpolate(const kestrel_interpolate_op *op, void *y, const void *
 }
 
 #include "kestrel_products.h"
+#include "kestrel_sparse.h"
 
 KESTREL_TABLE

@@ -556,28 +556,114 @@ static void add_scaled(int32_t *restrict y, const void *w, int bits, int32_t d, 
     }
 }
 
+/* y[at] .. += d w for `count` <= TILE elements, or any number of 32 bits. */
+static void add_part(const kestrel_accumulate_op *op, void *y, int32_t at, const void *w, int32_t d, int32_t count) {
+    int32_t tile[TILE];
+    if (op->y_bits == 32) {
+        add_scaled((int32_t *)y + at, w, op->weights.bits, d, count);
+        return;
+    }
+    load(tile, y, op->y_bits, at, count);
+    add_scaled(tile, w, op->weights.bits, d, count);
+    store(y, op->y_bits, at, tile, count);
+}
+
+static void add_one(void *y, int bits, int32_t at, int32_t change) {
+    if (bits == 32) {
+        ((int32_t *)y)[at] += change;
+    } else {
+        int32_t value;
+        load(&value, y, bits, at, 1);
+        value += change;
+        store(y, bits, at, &value, 1);
+    }
+}
+
+/* y += d (column of W), whose zeros are left out one by one. */
+static void add_sparse(const kestrel_accumulate_op *op, void *y, const uint8_t *column, int32_t d) {
+    const kestrel_weights *const w = &op->weights;
+    const uint8_t *fields = column + w->bitmap_bytes;
+    const int bits = w->field_bits;
+    const uint32_t mask = ((uint32_t)1 << bits) - 1, sign = (uint32_t)1 << (bits - 1);
+    uint32_t window = 0;
+    int32_t i;
+    int held = 0;
+    for (i = 0; i < w->bitmap_bytes; i++) {
+        int set = column[i], at = 8 * i;
+        for (; set; set >>= 1, at++) {
+            if (!(set & 1)) {
+                continue;
+            }
+            if (held < bits) {
+                window |= (uint32_t)*fields++ << held;
+                held += 8;
+            }
+            add_one(y, op->y_bits, at, d * ((int32_t)((window & mask) ^ sign) - (int32_t)sign));
+            window >>= bits;
+            held -= bits;
+        }
+    }
+}
+
+static void add_balanced(const kestrel_accumulate_op *op, void *y, const uint8_t *column, int32_t d) {
+    const int32_t lanes = op->weights.lanes, wide = op->outputs / lanes > 256;
+    const int32_t kept = op->weights.row_bytes / (wide ? 3 : 2);
+    const int8_t *const value = (const int8_t *)column;
+    const uint8_t *const low = column + kept, *const high = low + kept;
+    int32_t first, lane;
+    for (first = 0; first < kept; first += lanes) {
+        for (lane = 0; lane < lanes; lane++) {
+            const int32_t local = low[first + lane] | (wide ? high[first + lane] << 8 : 0);
+            add_one(y, op->y_bits, local * lanes + lane, d * value[first + lane]);
+        }
+    }
+}
+
+static void add_groups(const kestrel_accumulate_op *op, void *y, const uint8_t *column, int32_t d) {
+    const int32_t lanes = op->weights.lanes, kept = op->weights.row_bytes / (lanes + 1);
+    int32_t i;
+    for (i = 0; i < kept; i++) {
+        add_part(op, y, column[i] * lanes, column + kept + i * lanes, d, lanes);
+    }
+}
+
+/* y += d (column of W). */
+static void add_column(const kestrel_accumulate_op *op, void *y, int32_t column, int32_t d, void *scratch) {
+    const uint8_t *const data = (const uint8_t *)op->weights.data + (ptrdiff_t)column * op->weights.row_bytes;
+    const void *w;
+    int32_t at, count;
+    switch (op->weights.kind) {
+    case KESTREL_SPARSE:
+        add_sparse(op, y, data, d);
+        break;
+    case KESTREL_BALANCED:
+        add_balanced(op, y, data, d);
+        break;
+    case KESTREL_GROUPS:
+        add_groups(op, y, data, d);
+        break;
+    default:
+        w = weight_row(&op->weights, column, 0, op->outputs, scratch);
+        for (at = 0; at < op->outputs; at += count) {
+            count = op->y_bits == 32 ? op->outputs : smaller(TILE, op->outputs - at);
+            add_part(op, y, at, element(w, op->weights.bits, at), d, count);
+        }
+        break;
+    }
+}
+
 void kestrel_accumulate(const kestrel_accumulate_op *op, void *y, const void *m, const void *d, void *scratch) {
-    int32_t tile[TILE], i, at, count;
+    int32_t changes[TILE], i, k, count;
     if (y != m) {
         memcpy(y, m, (size_t)op->outputs * (size_t)(op->y_bits / 8));
     }
-    for (i = 0; i < op->width; i++) {
-        const void *w;
-        int32_t change;
-        load(&change, d, op->d_bits, i, 1);
-        if (change == 0) {
-            continue;
-        }
-        w = weight_row(&op->weights, i, 0, op->outputs, scratch);
-        if (op->y_bits == 32) {
-            add_scaled(y, w, op->weights.bits, change, op->outputs);
-            continue;
-        }
-        for (at = 0; at < op->outputs; at += count) {
-            count = smaller(TILE, op->outputs - at);
-            load(tile, y, op->y_bits, at, count);
-            add_scaled(tile, element(w, op->weights.bits, at), op->weights.bits, change, count);
-            store(y, op->y_bits, at, tile, count);
+    for (i = 0; i < op->width; i += count) {
+        count = smaller(TILE, op->width - i);
+        load(changes, d, op->d_bits, i, count);
+        for (k = 0; k < count; k++) {
+            if (changes[k] != 0) {
+                add_column(op, y, i + k, changes[k], scratch);
+            }
         }
     }
 }

@@ -141,6 +141,8 @@ INLINE words load_words16(const int16_t *from) { return vector_load(from); }
 INLINE words words_add(words a, words b) { return _mm256_adds_epi16(a, b); }
 INLINE words pair_first(words a, words b) { return _mm256_unpacklo_epi16(a, b); }
 INLINE words pair_second(words a, words b) { return _mm256_unpackhi_epi16(a, b); }
+INLINE vector pair_bytes_low(vector a, vector b) { return _mm256_unpacklo_epi8(a, b); }
+INLINE vector pair_bytes_high(vector a, vector b) { return _mm256_unpackhi_epi8(a, b); }
 INLINE void narrow_words(int8_t *to, words x) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     _mm_storeu_si128((__m128i *)to, bytes);

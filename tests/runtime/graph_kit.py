@@ -10,10 +10,10 @@ from kestrel.errors import KestrelError
 from kestrel.lower import ops
 from kestrel.lower.graph import IntegerGraph, Program, Scan, State
 from kestrel.lower.ops import Window
-from kestrel.lower.tensor import STORAGE_BITS, Constant, Tensor
+from kestrel.lower.tensor import COLUMN_STORAGES, STORAGE_BITS, Constant, Tensor
 from kestrel.quant.integer import Rescale, twos_complement
 
-STORAGES = sorted(STORAGE_BITS)
+STORAGES = sorted(STORAGE_BITS.keys() - set(COLUMN_STORAGES))  # of any product
 LIMITS = {8: (-128, 127), 16: (-(1 << 15), (1 << 15) - 1), 32: (-(1 << 31), (1 << 31) - 1)}
 
 
@@ -188,13 +188,16 @@ class Maker:
         self.add(ops.ArgMax, self.source((self.pick(1, 20),)))
 
     def delta(self) -> None:
-        """A dense layer with delta updates, as a scan of its own."""
-        steps, width, outputs = self.pick(2, 6), self.pick(1, 40), self.pick(1, 50)
-        bits = [8, 16][self.pick(0, 1)]
+        """A layer with delta updates, as a scan of its own."""
+        storage = ["int8", "int4", "ternary", "binary", "int2", "odd3", "int5", "sparse8", "sparse3"][self.pick(0, 8)]
+        weight = constant(self.rng, (self.pick(1, 50), self.pick(1, 40)), storage)
+        self.changes(weight, [8, 16][self.pick(0, 1)])
+
+    def changes(self, weight: Constant, bits: int) -> None:
+        """A layer with delta updates of inputs of `bits`."""
+        steps, (outputs, width) = self.pick(2, 6), weight.shape
         x = self.source((steps, width), bits)
         tensor = self.graph.tensors[x]
-        storage = ["int8", "int4", "ternary", "binary", "int2", "odd3", "int5"][self.pick(0, 6)]
-        weight = constant(self.rng, (outputs, width), storage)
         prefix, body = self.name("delta"), Program()
         row = body.input(f"{prefix}.x", Tensor((width,), tensor.low, tensor.high))
         sent_tensor = Tensor((width,), min(tensor.low, 0), max(tensor.high, 0))
@@ -344,6 +347,34 @@ def wide_graph(seed: int) -> IntegerGraph:
     return maker.finish()
 
 
+def kept(rng: np.random.Generator, outputs: int, width: int, lanes: int, share: float, group: int = 1) -> np.ndarray:
+    """int8 [outputs, width], the ends included; each of `lanes` lanes keeps `share` of its (groups of) outputs in each column."""
+    local = outputs // lanes // group
+    count = max(1, round(share * local))
+    order = rng.random((local, lanes, width)).argsort(axis=0) < count
+    values = rng.integers(-128, 128, (outputs, width))
+    values[:, 0], values[:, -1] = -128, 127
+    return values * np.repeat(order.reshape(-1, width), group, axis=0)
+
+
+def sparse_graph(seed: int) -> IntegerGraph:
+    """Products of changes in every storage of columns, with sizes around those of vectors, narrow and wide changes."""
+    maker = Maker(seed, 4000)
+    rng = maker.rng
+    for outputs, width in [(15, 3), (16, 8), (33, 21), (64, 5), (130, 33), (257, 18), (328, 40)]:
+        for bits in (8, 16):
+            maker.changes(constant(rng, (outputs, width), ["int8", "sparse8", "int4", "ternary"][maker.pick(0, 3)]), bits)
+    for outputs, width, lanes in [(48, 30, 16), (256, 12, 4), (257, 9, 1), (512, 20, 64), (1200, 7, 4), (96, 8, 32)]:
+        for share in (0.02, 0.2, 1.0):
+            values = kept(rng, outputs, width, lanes, share)
+            maker.changes(Constant(values, "balanced"), [8, 16][maker.pick(0, 1)])
+            maker.changes(Constant(values, "sparse8"), [8, 16][maker.pick(0, 1)])
+    for outputs, width, lanes, group in [(64, 30, 1, 64), (48, 11, 1, 16), (512, 20, 1, 64), (1024, 9, 4, 64), (256, 17, 2, 16)]:
+        for share in (0.06, 1.0):
+            maker.changes(Constant(kept(rng, outputs, width, lanes, share, group), "groups"), [8, 16][maker.pick(0, 1)])
+    return maker.finish()
+
+
 def all_storages(seed: int) -> IntegerGraph:
     """A product with every storage of weights, alone and with rows of several lengths."""
     maker = Maker(seed)
@@ -352,4 +383,4 @@ def all_storages(seed: int) -> IntegerGraph:
     return maker.finish()
 
 
-__all__ = ["BRANCHES", "STORAGES", "Maker", "all_storages", "constant", "random_graph", "scaling", "wide_graph"]
+__all__ = ["BRANCHES", "STORAGES", "Maker", "all_storages", "constant", "kept", "random_graph", "scaling", "sparse_graph", "wide_graph"]

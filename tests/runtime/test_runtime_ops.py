@@ -58,6 +58,12 @@ def test_sizes_around_those_of_vectors_equal_the_oracle(seed: int, tmp_path: Pat
     compare(graph_kit.wide_graph(seed), tmp_path, SANITISED if seed else "-O2")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_products_of_changes_equal_the_oracle(seed: int, tmp_path: Path) -> None:
+    """All storages of columns; among the inputs are some without changes, and some where everything changes."""
+    compare(graph_kit.sparse_graph(seed), tmp_path, SANITISED if seed else "-O3")
+
+
 def test_the_instruction_set_can_be_lowered(tmp_path: Path) -> None:
     """KESTREL_ISA chooses among the tables; what this processor lacks is never chosen."""
     folder = RUNTIME / "src"
@@ -105,7 +111,7 @@ def test_kernels_for_neon_compile(tmp_path: Path) -> None:
     shutil.which("arm-none-eabi-gcc") is None or shutil.which("qemu-system-arm") is None,
     reason="needs gcc-arm-none-eabi picolibc-arm-none-eabi qemu-system-arm",
 )
-@pytest.mark.parametrize("make", [graph_kit.wide_graph, lambda seed: graph_kit.random_graph(seed, rounds=2)])
+@pytest.mark.parametrize("make", [graph_kit.wide_graph, graph_kit.sparse_graph, lambda seed: graph_kit.random_graph(seed, rounds=2)])
 def test_kernels_for_neon_equal_the_oracle_on_an_emulated_cortex_a(make, tmp_path: Path) -> None:
     graph = make(5)
     write_c(generate(graph), tmp_path)
