@@ -44,7 +44,7 @@ def _accumulate(w: Writer, op: ops.Accumulate, tensors: dict[str, Tensor]) -> li
     fields = (
         w.weights(ops.weight_rows(op), op.weight, op.outputs[0])
         + f"    .width = {width}, .outputs = {outputs}, .d_bits = {d_bits}, .y_bits = {y_bits},\n"
-        + w.prepared(op, width * padded if whole else 1, 1, max(outputs, 6 * (2 * width + 20)))
+        + w.prepared(op, width * padded if whole else 1, 1, max(outputs, 7 * (2 * width + 20)))
         + ("    KESTREL_SMALL\n" if 2 * INT8[0] <= d.low and d.high <= 2 * INT8[1] else "")
     )
     pointers = (w.pointer(name) for name in (op.outputs[0], *op.inputs))

@@ -3,8 +3,8 @@
 Two storages, int8 values both, whose sizes follow from the weights alone:
 
 `balanced`: rows are spread over M lanes, row r to lane r mod M as its local row r div M; every lane keeps the same number
-K of weights of every column, with their local rows (the CBCSC form of kestrel.quant.cbcsc). M is the one that takes the
-fewest bytes.
+K of weights of every column, with their local rows (the CBCSC form of kestrel.quant.cbcsc). Of the M that take at most a
+quarter more bytes than the smallest, it is the one with the fewest weights, which is the fastest.
 
 `groups`: rows in groups of 64 or 16 neighbours; a column keeps whole groups, with their numbers.
 
@@ -41,7 +41,7 @@ class Layout:
 
 
 def balanced_layout(columns: np.ndarray) -> Layout | None:
-    """The smallest `balanced` layout of `columns` [columns, rows]; None where there is none."""
+    """The `balanced` layout of `columns` [columns, rows]; None where there is none."""
     count, rows = columns.shape
     found = []
     for lanes in LANES:
@@ -51,7 +51,9 @@ def balanced_layout(columns: np.ndarray) -> Layout | None:
         used = np.count_nonzero(columns.reshape(count, local, lanes), axis=1)
         beats = max(int(used.max(initial=0)), 1)
         found.append(Layout(BALANCED, lanes, beats * lanes, 1 if local <= _BYTE else 2))
-    return min(found, key=lambda layout: (layout.column_bytes, -layout.lanes), default=None)
+    smallest = min((layout.column_bytes for layout in found), default=0)
+    near = [layout for layout in found if 4 * layout.column_bytes <= 5 * smallest]
+    return min(near, key=lambda layout: (layout.kept, layout.column_bytes, -layout.lanes), default=None)
 
 
 def groups_layout(columns: np.ndarray) -> Layout | None:

@@ -51,7 +51,9 @@ class Program:
             if isinstance(op, Scan):
                 op.body.leave_out_zeros()
             elif isinstance(op, PRODUCTS):
-                self.ops[place] = dataclasses.replace(op, weight=op.weight.compact(weight_rows(op), columns=isinstance(op, Accumulate)))
+                self.ops[place] = dataclasses.replace(
+                    op, weight=op.weight.compact(weight_rows(op), columns=isinstance(op, Accumulate))
+                )
 
     def _name(self, name: str, tensor: Tensor) -> None:
         if name in self.tensors:

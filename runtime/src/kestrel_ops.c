@@ -605,17 +605,31 @@ static void add_sparse(const kestrel_accumulate_op *op, void *y, const uint8_t *
     }
 }
 
+/* One byte for a local row, memories of 32 bits. */
+static void add_balanced_bytes(int32_t *restrict y, const int8_t *restrict value, const uint8_t *restrict local,
+                               int32_t lanes, int32_t kept, int32_t d) {
+    int32_t first, lane;
+    for (first = 0; first < kept; first += lanes) {
+        for (lane = 0; lane < lanes; lane++) {
+            y[local[first + lane] * lanes + lane] += d * value[first + lane];
+        }
+    }
+}
+
 static void add_balanced(const kestrel_accumulate_op *op, void *y, const uint8_t *column, int32_t d) {
     const int32_t lanes = op->weights.lanes, wide = op->outputs / lanes > 256;
     const int32_t kept = op->weights.row_bytes / (wide ? 3 : 2);
     const int8_t *const value = (const int8_t *)column;
     const uint8_t *const low = column + kept, *const high = low + kept;
-    int32_t first, lane;
-    for (first = 0; first < kept; first += lanes) {
-        for (lane = 0; lane < lanes; lane++) {
-            const int32_t local = low[first + lane] | (wide ? high[first + lane] << 8 : 0);
-            add_one(y, op->y_bits, local * lanes + lane, d * value[first + lane]);
-        }
+    int32_t i, lane = 0;
+    if (op->y_bits == 32 && !wide) {
+        add_balanced_bytes(y, value, low, lanes, kept, d);
+        return;
+    }
+    for (i = 0; i < kept; i++) {
+        const int32_t local = low[i] | (wide ? high[i] << 8 : 0);
+        add_one(y, op->y_bits, local * lanes + lane, d * value[i]);
+        lane = lane + 1 == lanes ? 0 : lane + 1;
     }
 }
 

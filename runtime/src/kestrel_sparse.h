@@ -12,11 +12,11 @@
  * proven to fit int32 in the end.
  */
 #if defined KESTREL_DOT4
-enum { BLOCKS = 4, PER_WEIGHT = 40 }; /* PER_WEIGHT: outputs of a whole column in the time of one weight that is kept */
+enum { BLOCKS = 4, PER_WEIGHT = 64 }; /* PER_WEIGHT: outputs of a whole column in the time of one weight that is kept */
 #elif defined KESTREL_SIGNED_DOT4
-enum { BLOCKS = 2, PER_WEIGHT = 12 };
+enum { BLOCKS = 2, PER_WEIGHT = 24 };
 #else
-enum { BLOCKS = 2, PER_WEIGHT = 6 };
+enum { BLOCKS = 2, PER_WEIGHT = 8 };
 #endif
 
 /* Vectors of sums that interleaved columns give. */
@@ -68,35 +68,38 @@ static void prepare_columns(const kestrel_accumulate_op *op, int bytes, void *sc
 
 /* ------------------------------------------------------------------------------------------------------- changes */
 
-/* `count` columns and by how much they change; there is room for a few more. */
+/* `count` columns, the byte at which they begin, and by how much they change; there is room for a few more. */
 typedef struct {
-    int32_t count;
-    uint32_t *column;
+    int32_t count, lacking;
+    uint32_t *start;
     int16_t *change;
+    int8_t *bytes; /* the changes, where they fit */
 } changes;
 
 /* The list lies in `rows`, with room for 2 width + 20 of each. */
 static changes list_in(const kestrel_accumulate_op *op) {
-    const int32_t most = 2 * op->width + 20;
+    const ptrdiff_t most = 2 * (ptrdiff_t)op->width + 20;
     changes list;
-    list.count = 0;
-    list.column = (uint32_t *)(void *)op->prepared->rows;
-    list.change = (int16_t *)(void *)(op->prepared->rows + 4 * (ptrdiff_t)most);
+    list.count = list.lacking = 0;
+    list.start = (uint32_t *)(void *)op->prepared->rows;
+    list.change = (int16_t *)(void *)(op->prepared->rows + 4 * most);
+    list.bytes = op->prepared->rows + 6 * most;
     return list;
 }
 
-/* d != 0, with their columns. */
-static void list_changes(changes *list, const void *d, int d_bits, int32_t width) {
+/* d != 0, with where their columns of `stride` bytes begin. */
+static void list_changes(changes *list, const void *d, int d_bits, int32_t width, int32_t stride) {
     int32_t i = 0, n = 0;
 #if KESTREL_LEVEL == 2
-    __m512i columns = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const vector step = vector_splat(stride * LANES);
+    vector start = vector_times(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), vector_splat(stride));
     for (; i + LANES <= width; i += LANES) {
         const vector x = d_bits == 8 ? widen8((const int8_t *)d + i) : widen16((const int16_t *)d + i);
         const __mmask16 found = _mm512_test_epi32_mask(x, x);
-        vector_store(list->column + n, _mm512_maskz_compress_epi32(found, columns));
+        vector_store(list->start + n, _mm512_maskz_compress_epi32(found, start));
         narrow16(list->change + n, _mm512_maskz_compress_epi32(found, x));
         n += __builtin_popcount(found);
-        columns = vector_add(columns, vector_splat(LANES));
+        start = vector_add(start, step);
     }
 #endif
     for (; i < width; i++) {
@@ -111,48 +114,50 @@ static void list_changes(changes *list, const void *d, int d_bits, int32_t width
             }
         }
         value = d_bits == 8 ? ((const int8_t *)d)[i] : ((const int16_t *)d)[i];
-        list->column[n] = (uint32_t)i;
+        list->start[n] = (uint32_t)i * (uint32_t)stride;
         list->change[n] = (int16_t)value;
         n += value != 0;
     }
     list->count = n;
 }
 
-/* Splits what int8 does not hold, and fills up to a multiple of `unit` with changes of 0. */
-static void finish_list(changes *list, int bytes, int32_t unit) {
-    const int32_t listed = list->count;
-    int32_t i, wide = 0;
-    for (i = 0; bytes && i < listed; i++) {
-        wide |= list->change[i] != (int8_t)list->change[i];
-    }
-    for (i = 0; wide && i < listed; i++) {
-        const int32_t change = list->change[i], first = change > 127 ? 127 : change < -128 ? -128 : change;
-        if (change != first) {
-            list->change[i] = (int16_t)first;
-            list->column[list->count] = list->column[i];
-            list->change[list->count++] = (int16_t)(change - first);
-        }
-    }
+/* Fills up to a multiple of `unit` with changes of 0. */
+static void fill_list(changes *list, int32_t unit) {
     while (list->count % unit) {
-        list->column[list->count] = 0;
+        list->start[list->count] = 0;
         list->change[list->count++] = 0;
     }
 }
 
-/* ------------------------------------------------------------------------------------------------- whole columns */
-
-/* What sums of bytes need added because dot4 takes other codes than those that it is given, see kestrel_vector.h. */
-static int32_t lacking(const changes *list) {
-    int32_t sum = 0, i;
+/* Changes as bytes; what int8 does not hold is split. `lacking`: what sums need added because dot4 takes other codes than
+ * those that it is given, see kestrel_vector.h. */
+static void byte_changes(changes *list) {
+    int32_t i, wide = 0, sum = 0;
     for (i = 0; i < list->count; i++) {
+        wide |= list->change[i] != (int8_t)list->change[i];
+    }
+    for (i = list->count - 1; wide && i >= 0; i--) {
+        const int32_t change = list->change[i], first = change > 127 ? 127 : change < -128 ? -128 : change;
+        if (change != first) {
+            list->change[i] = (int16_t)first;
+            list->start[list->count] = list->start[i];
+            list->change[list->count++] = (int16_t)(change - first);
+        }
+    }
+    fill_list(list, 4);
+    for (i = 0; i < list->count; i++) {
+        const int32_t change = list->change[i];
+        list->bytes[i] = (int8_t)change;
 #ifdef KESTREL_SIGNED_DOT4
-        sum += list->change[i] < 0 ? -list->change[i] : 0;
+        sum += change < 0 ? -change : 0;
 #else
-        sum -= CODE_START * list->change[i];
+        sum -= CODE_START * change;
 #endif
     }
-    return sum;
+    list->lacking = sum;
 }
+
+/* ------------------------------------------------------------------------------------------------- whole columns */
 
 #if defined KESTREL_DOT4 || defined KESTREL_SIGNED_DOT4
 INLINE vector dot_columns(vector sum, vector w, vector change) {
@@ -164,23 +169,21 @@ INLINE vector dot_columns(vector sum, vector w, vector change) {
 }
 
 /* y = m + the listed changes, for `blocks` blocks of outputs from `at` on. */
-INLINE void add_bytes(const int blocks, const int8_t *weights, int32_t stride, const changes *list, int32_t extra,
-                      int32_t *y, const int32_t *m, int32_t at) {
+INLINE void add_bytes(const int blocks, const int8_t *weights, const changes *list, int32_t *y, const int32_t *m,
+                      int32_t at) {
     vector sum[4 * BLOCKS];
-    int32_t i;
+    int32_t i, four;
     int b, v;
 #pragma GCC unroll 16
     for (v = 0; v < 4 * blocks; v++) {
-        sum[v] = vector_add(vector_load(m + at + v * LANES), vector_splat(extra));
+        sum[v] = vector_add(vector_load(m + at + v * LANES), vector_splat(list->lacking));
     }
     for (i = 0; i < list->count; i += 4) {
-        const int8_t *const p = weights + (ptrdiff_t)list->column[i] * stride + at;
-        const int8_t *const q = weights + (ptrdiff_t)list->column[i + 1] * stride + at;
-        const int8_t *const r = weights + (ptrdiff_t)list->column[i + 2] * stride + at;
-        const int8_t *const s = weights + (ptrdiff_t)list->column[i + 3] * stride + at;
-        const int16_t *const d = list->change + i;
-        const vector change = vector_splat((int32_t)((uint32_t)(uint8_t)d[0] | (uint32_t)(uint8_t)d[1] << 8 |
-                                                     (uint32_t)(uint8_t)d[2] << 16 | (uint32_t)(uint8_t)d[3] << 24));
+        const int8_t *const p = weights + list->start[i] + at, *const q = weights + list->start[i + 1] + at;
+        const int8_t *const r = weights + list->start[i + 2] + at, *const s = weights + list->start[i + 3] + at;
+        vector change;
+        memcpy(&four, list->bytes + i, 4);
+        change = vector_splat(four);
 #pragma GCC unroll 4
         for (b = 0; b < blocks; b++) {
             const vector a = vector_load(p + b * 4 * LANES), c = vector_load(q + b * 4 * LANES);
@@ -201,8 +204,8 @@ INLINE void add_bytes(const int blocks, const int8_t *weights, int32_t stride, c
 #endif
 
 /* The same in words. */
-INLINE void add_words_of(const int blocks, const int8_t *weights, int32_t stride, const changes *list, int32_t *y,
-                         const int32_t *m, int32_t at) {
+INLINE void add_words_of(const int blocks, const int8_t *weights, const changes *list, int32_t *y, const int32_t *m,
+                         int32_t at) {
     vector sum[2 * BLOCKS];
     int32_t i;
     int b, v;
@@ -211,8 +214,7 @@ INLINE void add_words_of(const int blocks, const int8_t *weights, int32_t stride
         sum[v] = vector_load(m + at + v * LANES);
     }
     for (i = 0; i < list->count; i += 2) {
-        const int8_t *const p = weights + (ptrdiff_t)list->column[i] * stride + at;
-        const int8_t *const q = weights + (ptrdiff_t)list->column[i + 1] * stride + at;
+        const int8_t *const p = weights + list->start[i] + at, *const q = weights + list->start[i + 1] + at;
         int32_t both;
         vector change;
         memcpy(&both, list->change + i, 4);
@@ -230,49 +232,50 @@ INLINE void add_words_of(const int blocks, const int8_t *weights, int32_t stride
     }
 }
 
-/* Blocks of outputs from `at` on; m and y have room for whole blocks. */
-static int32_t add_blocks(const int8_t *weights, int32_t stride, int bytes, const changes *list, int32_t extra, int32_t *y,
-                          const int32_t *m, int32_t at, int32_t end) {
+/* Outputs from `at` on, as far as whole blocks go; returns where they end. */
+static int32_t add_blocks(const int8_t *weights, int bytes, const changes *list, int32_t *y, const int32_t *m, int32_t at,
+                          int32_t end) {
     const int32_t block = vectors_of(bytes) * LANES;
 #if defined KESTREL_DOT4 || defined KESTREL_SIGNED_DOT4
     if (bytes) {
         for (; at + BLOCKS * block <= end; at += BLOCKS * block) {
-            add_bytes(BLOCKS, weights, stride, list, extra, y, m, at);
+            add_bytes(BLOCKS, weights, list, y, m, at);
         }
         for (; at + block <= end; at += block) {
-            add_bytes(1, weights, stride, list, extra, y, m, at);
+            add_bytes(1, weights, list, y, m, at);
         }
         return at;
     }
-#else
-    (void)extra;
 #endif
     for (; at + BLOCKS * block <= end; at += BLOCKS * block) {
-        add_words_of(BLOCKS, weights, stride, list, y, m, at);
+        add_words_of(BLOCKS, weights, list, y, m, at);
     }
     for (; at + block <= end; at += block) {
-        add_words_of(1, weights, stride, list, y, m, at);
+        add_words_of(1, weights, list, y, m, at);
     }
     return at;
 }
 
 static void accumulate_columns(const kestrel_accumulate_op *op, int bytes, int32_t *y, const int32_t *m, const void *d,
                                void *scratch) {
-    const int32_t stride = padded_outputs(bytes, op->outputs);
-    int32_t rest[4 * LANES] KESTREL_ALIGNED, at, extra;
+    const int32_t block = vectors_of(bytes) * LANES;
+    int32_t rest[4 * LANES] KESTREL_ALIGNED, at;
     changes list = list_in(op);
     if (!op->prepared->ready) {
         prepare_columns(op, bytes, scratch); /* uses the memory of the list */
     }
-    list_changes(&list, d, op->d_bits, op->width);
-    finish_list(&list, bytes, bytes ? 4 : 2);
-    extra = bytes ? lacking(&list) : 0;
-    at = add_blocks(op->prepared->weights, stride, bytes, &list, extra, y, m, 0, op->outputs);
+    list_changes(&list, d, op->d_bits, op->width, padded_outputs(bytes, op->outputs));
+    if (bytes) {
+        byte_changes(&list);
+    } else {
+        fill_list(&list, 2);
+    }
+    at = add_blocks(op->prepared->weights, bytes, &list, y, m, 0, op->outputs);
     if (at < op->outputs) {
         const size_t left = (size_t)(op->outputs - at) * sizeof(int32_t);
         memset(rest, 0, sizeof rest);
         memcpy(rest, m + at, left);
-        add_blocks(op->prepared->weights + at, stride, bytes, &list, extra, rest, rest, 0, vectors_of(bytes) * LANES);
+        add_blocks(op->prepared->weights + at, bytes, &list, rest, rest, 0, block);
         memcpy(y + at, rest, left);
     }
 }
@@ -302,9 +305,9 @@ static void accumulate_groups(const kestrel_accumulate_op *op, int32_t *y, const
     if (y != m) {
         memcpy(y, m, (size_t)op->outputs * sizeof *y);
     }
-    list_changes(&list, d, op->d_bits, op->width);
+    list_changes(&list, d, op->d_bits, op->width, w->row_bytes);
     for (i = 0; i < list.count; i++) {
-        const uint8_t *const column = (const uint8_t *)w->data + (ptrdiff_t)list.column[i] * w->row_bytes;
+        const uint8_t *const column = (const uint8_t *)w->data + list.start[i];
         if (w->lanes == 64) {
             add_kept_groups(64, y, column, kept, list.change[i]);
         } else {

@@ -25,17 +25,19 @@ from kestrel.export.c_check import BATCH, Batch, Programs, Toolchain, check, ext
 from kestrel.export.c_files import write_c
 from kestrel.export.c_frontend import wav_input
 from kestrel.export.c_model import generate
+from kestrel.export.integer import packed
 from kestrel.frontend.fixed import FixedFrontend
 from kestrel.frontend.post import Post
 from kestrel.frontend.spec import FrontendSpec
 from kestrel.lower.graph import IntegerGraph, Scan
 from kestrel.lower.memory import plan_memory, replaced_states
-from kestrel.lower.ops import PRODUCTS, ArgMax, MatMul, Requantise, Reshape
+from kestrel.lower.ops import PRODUCTS, Accumulate, ArgMax, MatMul, Requantise, Reshape
 from kestrel.lower.rnn import Thresholds
 from kestrel.lower.spotter import lower
 from kestrel.lower.tensor import Constant, Tensor
 from kestrel.models.quant_net import LowBitPlan
 from kestrel.models.spotter import KeywordSpotter
+from kestrel.nn.cbtd import Balance, target_mask
 from kestrel.quant.integer import Rescale, rounding_shift
 from kestrel.settings import to_dict
 
@@ -75,6 +77,18 @@ def delta(**model: Any) -> IntegerGraph:
     return lower(lower_kit.delta_spotter([{"normalise": "channel"}], **model), lower_kit.FEATURE_SCALE)
 
 
+def balanced(kind: type[nn.LSTM | nn.GRU], balance: Balance) -> IntegerGraph:
+    """A delta network whose columns were pruned as CBTD does it."""
+    torch.manual_seed(4)
+    module = lower_kit.Recurrent(kind, hidden=32)
+    with torch.no_grad():
+        for weight in (module.rnn.weight_ih_l0, module.rnn.weight_hh_l0):
+            weight.mul_(3 * target_mask(weight, balance))
+    graph = lower_kit.graph_of(lower_kit.settled(module), thresholds=Thresholds(0.1, 0.05))
+    graph.leave_out_zeros()
+    return graph
+
+
 FIXED = {"qa": 1, "qw": 1, "qc": 1, "qcw": 1}
 GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "blocks": block_lstm,
@@ -95,6 +109,8 @@ GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "fixed delta network": lambda: delta(thx=0.3, thh=0.1, decision="last_speech", **FIXED),
     "dense lstm network rounded down": lambda: delta(rnn_type="LSTM", **dict.fromkeys(FIXED, 2)),
     "hard delta network": lambda: delta(thx=0.3, thh=0.1, use_hardsigmoid=True, use_hardtanh=True),
+    "balanced lstm": lambda: balanced(nn.LSTM, Balance(7 / 8, 4)),
+    "balanced gru in groups": lambda: balanced(nn.GRU, Balance(5 / 6, 1, 16)),
     "delta lstm of 2 bits": lambda: net(
         lambda: lower_kit.Recurrent(nn.LSTM), thresholds=Thresholds(0.1, 0.05), weight_bits=2
     ),
@@ -491,6 +507,25 @@ def test_graphs_of_other_forms_are_refused() -> None:
     graph.outputs.append(graph.ops[3].outputs[0])
     with pytest.raises(KestrelError, match="one input and one output"):
         generate(graph)
+
+
+@pytest.mark.parametrize(
+    ("name", "storage", "column"),
+    [("balanced lstm", "balanced", 2 * 128 // 8), ("balanced gru in groups", "groups", 17)],
+)
+def test_pruned_columns_hold_what_was_kept(name: str, storage: str, column: int) -> None:
+    """The writer finds in the weights how they were pruned: 16 of 128 rows, or one of 6 groups of 16, for each column."""
+    graph = GRAPHS[name]()
+    products = [op for op, _ in graph.all_ops() if isinstance(op, Accumulate)]
+    assert [op.weight.storage for op in products] == [storage] * 2
+    model = generate(graph)
+    assert model.source.count(f".kind = KESTREL_{storage.upper()}") == 2
+    fields = re.findall(rf"KESTREL_{storage.upper()}.*?row_bytes = (\d+)", model.source, re.DOTALL)
+    assert fields == [str(column)] * 2
+    others = [op for op, _ in graph.all_ops() if isinstance(op, MatMul)]
+    dense = sum(op.weight.values.size + (0 if op.bias is None else 4 * op.bias.values.size) for op in others)
+    assert model.sections["weights"] == column * (lower_kit.WIDTH + 32) + dense
+    assert all(len(packed(op.weight, op)) == column * op.weight.shape[1] for op in products)  # what the card counts
 
 
 @pytest.mark.parametrize("name", ["pruned", "pruned gru of 4 bits"])

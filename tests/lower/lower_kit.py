@@ -74,10 +74,10 @@ class FlatNet(nn.Sequential):
 class Recurrent(nn.Module):
     """An LSTM or GRU and a read-out of its last hidden state."""
 
-    def __init__(self, kind: type[nn.LSTM | nn.GRU], **settings: Any) -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU], hidden: int = 14, **settings: Any) -> None:
         super().__init__()
-        self.rnn = kind(WIDTH, 14, batch_first=True, **settings)
-        self.out = nn.Linear(14, CLASSES)
+        self.rnn = kind(WIDTH, hidden, batch_first=True, **settings)
+        self.out = nn.Linear(hidden, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         sequence, _ = self.rnn(x)

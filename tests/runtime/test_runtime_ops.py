@@ -111,7 +111,9 @@ def test_kernels_for_neon_compile(tmp_path: Path) -> None:
     shutil.which("arm-none-eabi-gcc") is None or shutil.which("qemu-system-arm") is None,
     reason="needs gcc-arm-none-eabi picolibc-arm-none-eabi qemu-system-arm",
 )
-@pytest.mark.parametrize("make", [graph_kit.wide_graph, graph_kit.sparse_graph, lambda seed: graph_kit.random_graph(seed, rounds=2)])
+@pytest.mark.parametrize(
+    "make", [graph_kit.wide_graph, graph_kit.sparse_graph, lambda seed: graph_kit.random_graph(seed, rounds=2)]
+)
 def test_kernels_for_neon_equal_the_oracle_on_an_emulated_cortex_a(make, tmp_path: Path) -> None:
     graph = make(5)
     write_c(generate(graph), tmp_path)
