@@ -259,7 +259,7 @@ def curves(bench: Bench, path: Path) -> str:
             shown = " | ".join(f"{values[place]:.2f}" for values in rows.values())
             lines.append(f"| {100 * tick:g} % | {theory[place]:.1f} | {shown} |")
     axes[0].set_ylabel(f"speed-up over the dense kernel, {isa}")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=7.5, loc="upper left")
     figure.savefig(path, dpi=130)
     return "\n".join(lines) + "\n"
 

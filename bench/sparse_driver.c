@@ -109,14 +109,14 @@ candidate *make_changes(const char *isa, const void *columns, int32_t kind, int3
     candidate *const c = made(isa, outputs, width);
     const kestrel_weights w = {.data = columns, .kind = (uint8_t)kind, .bits = 8, .field_bits = 8, .lanes = (uint8_t)lanes,
                                .row_bytes = row_bytes, .bitmap_bytes = bitmap_bytes};
-    const size_t padded = (size_t)(outputs + 63) / 64 * 64, list = (size_t)(2 * width + 20) * 7;
+    const size_t padded = (size_t)(outputs + 63) / 64 * 64, list = (size_t)(2 * width + 20) * 8;
     c->kind = CHANGES;
     c->accumulate.weights = w;
     c->accumulate.width = width;
     c->accumulate.outputs = outputs;
     c->accumulate.d_bits = 16;
     c->accumulate.y_bits = 32;
-    c->accumulate.small = 1;
+    c->accumulate.change_bytes = 1;
     c->accumulate.prepared = prepared(padded * (size_t)width, 1, list > (size_t)outputs ? list : (size_t)outputs);
     return c;
 }

@@ -9,7 +9,7 @@ import numpy as np
 
 from kestrel.export.c_writer import Writer
 from kestrel.lower import ops
-from kestrel.lower.columns import GROUPS
+from kestrel.lower.columns import GROUPS, layout_of
 from kestrel.lower.memory import unpack_rows
 from kestrel.lower.ops import Op
 from kestrel.lower.tensor import Constant, Tensor
@@ -39,16 +39,30 @@ def _accumulate(w: Writer, op: ops.Accumulate, tensors: dict[str, Tensor]) -> li
     outputs, width = op.weight.shape
     d_bits, y_bits = w.bits(op.inputs[1], op.outputs[0])
     d = tensors[op.inputs[1]]
-    whole = op.weight.storage != GROUPS  # a vector kernel may unpack them
+    whole = op.weight.storage != GROUPS or _many_groups(op)  # a vector kernel may unpack them
     padded = -(-outputs // (4 * PANEL)) * 4 * PANEL
     fields = (
         w.weights(ops.weight_rows(op), op.weight, op.outputs[0])
         + f"    .width = {width}, .outputs = {outputs}, .d_bits = {d_bits}, .y_bits = {y_bits},\n"
-        + w.prepared(op, width * padded if whole else 1, 1, max(outputs, 7 * (2 * width + 20)))
-        + ("    KESTREL_SMALL\n" if 2 * INT8[0] <= d.low and d.high <= 2 * INT8[1] else "")
+        + w.prepared(op, width * padded if whole else 1, 1, max(outputs, 8 * (2 * width + 20)))
+        + f"    KESTREL_CHANGES({_change_bytes(d)})\n"
     )
     pointers = (w.pointer(name) for name in (op.outputs[0], *op.inputs))
     return w.call("accumulate", "accumulate", op, fields, *pointers, w.scratch(op))
+
+
+def _many_groups(op: ops.Accumulate) -> bool:
+    """Whether groups are so many that vector kernels may take columns as a whole (sparse_enough of kestrel_sparse.h)."""
+    layout = layout_of(ops.weight_rows(op), GROUPS)
+    return 6 * layout.kept * layout.lanes >= op.weight.shape[0]
+
+
+def _change_bytes(d: Tensor) -> int:
+    """Field `change_bytes` for changes d."""
+    low, high = INT8
+    if 2 * low <= d.low and d.high <= 2 * high:
+        return 1
+    return 2 if 257 * low <= d.low and d.high <= 257 * high and d.bits <= 16 else 0
 
 
 def _conv(w: Writer, op: ops.Conv2d, tensors: dict[str, Tensor]) -> list[str]:

@@ -44,12 +44,12 @@ typedef struct {
     static kestrel_prepared name = {0, 0, name##_weights, name##_start, name##_factor, name##_offset, name##_rows};
 #define KESTREL_USE(name) .prepared = &name,
 #define KESTREL_POSITIVE .positive = 1,
-#define KESTREL_SMALL .small = 1,
+#define KESTREL_CHANGES(bytes) .change_bytes = bytes,
 #else
 #define KESTREL_PREPARED(name, weight_bytes, sums, row_bytes)
 #define KESTREL_USE(name)
 #define KESTREL_POSITIVE
-#define KESTREL_SMALL
+#define KESTREL_CHANGES(bytes)
 #endif
 
 /* How a row of weights is stored. Every row starts at a byte; fields lie least significant bit first. */
@@ -174,7 +174,7 @@ typedef struct {
     int32_t width, outputs;
     uint8_t d_bits, y_bits;   /* the memories have y_bits */
 #ifdef KESTREL_SIMD
-    uint8_t small;            /* every change is a sum of two int8 */
+    uint8_t change_bytes;     /* 1: a change is a sum of two int8, 2: 256 times one and another, 0: neither */
     kestrel_prepared *prepared;
 #endif
 } kestrel_accumulate_op;

@@ -5,18 +5,20 @@
  * A step first lists the changes that are not 0. Columns of W then follow each other as bytes: four columns of the list are
  * interleaved in registers for dot4, two for dot2 where changes are wide or the processor has no dot4. Sums of BLOCKS blocks
  * of outputs stay in registers while the list is walked, so memories are read and written once. The order of outputs in a
- * column is such that interleaving gives them back in order (place_of_output). A change beyond int8 is listed twice.
+ * column is such that interleaving gives them back in order (place_of_output). A change beyond int8 is listed twice, or where
+ * changes may be larger still, its high byte has a sum of its own.
  *
- * Of weights in groups, only those that are kept are read, where they lie. Weights that are kept one by one take a step each;
- * where a whole column of bytes takes less, the column is unpacked once and used as above. Sums are exact modulo 2^32, and
+ * Of weights in groups, only those that are kept are read, where they lie. Weights that are kept one by one take a step each.
+ * Where a whole column of bytes takes less than either, it is unpacked once and used as above. Sums are exact modulo 2^32, and
  * proven to fit int32 in the end.
  */
 #if defined KESTREL_DOT4
-enum { BLOCKS = 4, PER_WEIGHT = 64 }; /* PER_WEIGHT: outputs of a whole column in the time of one weight that is kept */
+/* PER_WEIGHT: outputs of a whole column in the time of one weight that is kept; PER_GROUPED: the same of one in a group. */
+enum { BLOCKS = 4, PER_WEIGHT = 64, PER_GROUPED = 3 };
 #elif defined KESTREL_SIGNED_DOT4
-enum { BLOCKS = 2, PER_WEIGHT = 24 };
+enum { BLOCKS = 2, PER_WEIGHT = 24, PER_GROUPED = 5 };
 #else
-enum { BLOCKS = 2, PER_WEIGHT = 8 };
+enum { BLOCKS = 2, PER_WEIGHT = 8, PER_GROUPED = 2 };
 #endif
 
 /* Vectors of sums that interleaved columns give. */
@@ -40,6 +42,18 @@ static const int8_t *whole_column(const kestrel_accumulate_op *op, int32_t colum
     const uint8_t *const data = (const uint8_t *)w->data + (ptrdiff_t)column * w->row_bytes;
     const int32_t wide = op->outputs / (w->lanes ? w->lanes : 1) > 256, kept = w->row_bytes / (wide ? 3 : 2);
     int32_t i;
+    if (w->kind == KESTREL_GROUPS) {
+        const int32_t groups = w->row_bytes / (w->lanes + 1);
+        int32_t k;
+        memset(to, 0, (size_t)op->outputs);
+        for (i = 0; i < groups; i++) {
+            for (k = 0; k < w->lanes; k++) {
+                int8_t *const own = to + data[i] * w->lanes + k;
+                *own = (int8_t)(*own + (int8_t)data[groups + i * w->lanes + k]); /* groups that pad are 0 */
+            }
+        }
+        return to;
+    }
     if (w->kind != KESTREL_BALANCED) {
         return kestrel_weight_row(w, column, 0, op->outputs, w->kind == KESTREL_SPARSE ? to : scratch);
     }
@@ -70,20 +84,21 @@ static void prepare_columns(const kestrel_accumulate_op *op, int bytes, void *sc
 
 /* `count` columns, the byte at which they begin, and by how much they change; there is room for a few more. */
 typedef struct {
-    int32_t count, lacking;
+    int32_t count, lacking, lacking_high;
     uint32_t *start;
     int16_t *change;
-    int8_t *bytes; /* the changes, where they fit */
+    int8_t *bytes, *high; /* the changes, or what they are less 256 times `high` */
 } changes;
 
 /* The list lies in `rows`, with room for 2 width + 20 of each. */
 static changes list_in(const kestrel_accumulate_op *op) {
     const ptrdiff_t most = 2 * (ptrdiff_t)op->width + 20;
     changes list;
-    list.count = list.lacking = 0;
+    list.count = list.lacking = list.lacking_high = 0;
     list.start = (uint32_t *)(void *)op->prepared->rows;
     list.change = (int16_t *)(void *)(op->prepared->rows + 4 * most);
     list.bytes = op->prepared->rows + 6 * most;
+    list.high = list.bytes + most;
     return list;
 }
 
@@ -129,12 +144,33 @@ static void fill_list(changes *list, int32_t unit) {
     }
 }
 
-/* Changes as bytes; what int8 does not hold is split. `lacking`: what sums need added because dot4 takes other codes than
- * those that it is given, see kestrel_vector.h. */
-static void byte_changes(changes *list) {
-    int32_t i, wide = 0, sum = 0;
+/* What a sum needs added because dot4 takes other codes than those that it is given, see kestrel_vector.h. */
+static int32_t lacking(int32_t change) {
+#ifdef KESTREL_SIGNED_DOT4
+    return change < 0 ? -change : 0;
+#else
+    return -CODE_START * change;
+#endif
+}
+
+/* Changes as bytes; what int8 does not hold is split. Returns whether `high` is used. */
+static int byte_changes(changes *list, int change_bytes) {
+    int32_t i, wide = 0, sum = 0, sum_high = 0;
     for (i = 0; i < list->count; i++) {
         wide |= list->change[i] != (int8_t)list->change[i];
+    }
+    if (wide && change_bytes == 2) {
+        fill_list(list, 4);
+        for (i = 0; i < list->count; i++) {
+            const int32_t low = (int8_t)list->change[i], high = (list->change[i] - low) / 256;
+            list->bytes[i] = (int8_t)low;
+            list->high[i] = (int8_t)high;
+            sum += lacking(low);
+            sum_high += lacking(high);
+        }
+        list->lacking = sum;
+        list->lacking_high = sum_high;
+        return 1;
     }
     for (i = list->count - 1; wide && i >= 0; i--) {
         const int32_t change = list->change[i], first = change > 127 ? 127 : change < -128 ? -128 : change;
@@ -146,15 +182,11 @@ static void byte_changes(changes *list) {
     }
     fill_list(list, 4);
     for (i = 0; i < list->count; i++) {
-        const int32_t change = list->change[i];
-        list->bytes[i] = (int8_t)change;
-#ifdef KESTREL_SIGNED_DOT4
-        sum += change < 0 ? -change : 0;
-#else
-        sum -= CODE_START * change;
-#endif
+        list->bytes[i] = (int8_t)list->change[i];
+        sum += lacking(list->change[i]);
     }
     list->lacking = sum;
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------- whole columns */
@@ -168,37 +200,45 @@ INLINE vector dot_columns(vector sum, vector w, vector change) {
 #endif
 }
 
-/* y = m + the listed changes, for `blocks` blocks of outputs from `at` on. */
-INLINE void add_bytes(const int blocks, const int8_t *weights, const changes *list, int32_t *y, const int32_t *m,
-                      int32_t at) {
-    vector sum[4 * BLOCKS];
+/* y = m + the listed changes, for `blocks` blocks of outputs from `at` on. two: `high` is used. */
+INLINE void add_bytes(const int blocks, const int two, const int8_t *weights, const changes *list, int32_t *y,
+                      const int32_t *m, int32_t at) {
+    vector sum[4 * BLOCKS], high_sum[4 * BLOCKS];
     int32_t i, four;
     int b, v;
 #pragma GCC unroll 16
     for (v = 0; v < 4 * blocks; v++) {
         sum[v] = vector_add(vector_load(m + at + v * LANES), vector_splat(list->lacking));
+        high_sum[v] = vector_splat(list->lacking_high);
     }
     for (i = 0; i < list->count; i += 4) {
         const int8_t *const p = weights + list->start[i] + at, *const q = weights + list->start[i + 1] + at;
         const int8_t *const r = weights + list->start[i + 2] + at, *const s = weights + list->start[i + 3] + at;
-        vector change;
+        vector change, high_change;
         memcpy(&four, list->bytes + i, 4);
         change = vector_splat(four);
+        memcpy(&four, list->high + i, 4);
+        high_change = vector_splat(four);
 #pragma GCC unroll 4
         for (b = 0; b < blocks; b++) {
             const vector a = vector_load(p + b * 4 * LANES), c = vector_load(q + b * 4 * LANES);
             const vector e = vector_load(r + b * 4 * LANES), f = vector_load(s + b * 4 * LANES);
             const vector low = pair_bytes_low(a, c), high = pair_bytes_high(a, c);
             const vector low_ = pair_bytes_low(e, f), high_ = pair_bytes_high(e, f);
-            sum[4 * b] = dot_columns(sum[4 * b], pair_first(low, low_), change);
-            sum[4 * b + 1] = dot_columns(sum[4 * b + 1], pair_second(low, low_), change);
-            sum[4 * b + 2] = dot_columns(sum[4 * b + 2], pair_first(high, high_), change);
-            sum[4 * b + 3] = dot_columns(sum[4 * b + 3], pair_second(high, high_), change);
+            const vector rows[4] = {pair_first(low, low_), pair_second(low, low_), pair_first(high, high_),
+                                    pair_second(high, high_)};
+#pragma GCC unroll 4
+            for (v = 0; v < 4; v++) {
+                sum[4 * b + v] = dot_columns(sum[4 * b + v], rows[v], change);
+                if (two) {
+                    high_sum[4 * b + v] = dot_columns(high_sum[4 * b + v], rows[v], high_change);
+                }
+            }
         }
     }
 #pragma GCC unroll 16
     for (v = 0; v < 4 * blocks; v++) {
-        vector_store(y + at + v * LANES, sum[v]);
+        vector_store(y + at + v * LANES, two ? vector_add(sum[v], vector_up(high_sum[v], 8)) : sum[v]);
     }
 }
 #endif
@@ -233,19 +273,30 @@ INLINE void add_words_of(const int blocks, const int8_t *weights, const changes 
 }
 
 /* Outputs from `at` on, as far as whole blocks go; returns where they end. */
-static int32_t add_blocks(const int8_t *weights, int bytes, const changes *list, int32_t *y, const int32_t *m, int32_t at,
+static int32_t add_blocks(const int8_t *weights, int bytes, int two, const changes *list, int32_t *y, const int32_t *m, int32_t at,
                           int32_t end) {
     const int32_t block = vectors_of(bytes) * LANES;
 #if defined KESTREL_DOT4 || defined KESTREL_SIGNED_DOT4
-    if (bytes) {
-        for (; at + BLOCKS * block <= end; at += BLOCKS * block) {
-            add_bytes(BLOCKS, weights, list, y, m, at);
+    if (bytes && two) {
+        for (; at + 2 * block <= end; at += 2 * block) {
+            add_bytes(2, 1, weights, list, y, m, at);
         }
         for (; at + block <= end; at += block) {
-            add_bytes(1, weights, list, y, m, at);
+            add_bytes(1, 1, weights, list, y, m, at);
         }
         return at;
     }
+    if (bytes) {
+        for (; at + BLOCKS * block <= end; at += BLOCKS * block) {
+            add_bytes(BLOCKS, 0, weights, list, y, m, at);
+        }
+        for (; at + block <= end; at += block) {
+            add_bytes(1, 0, weights, list, y, m, at);
+        }
+        return at;
+    }
+#else
+    (void)two;
 #endif
     for (; at + BLOCKS * block <= end; at += BLOCKS * block) {
         add_words_of(BLOCKS, weights, list, y, m, at);
@@ -260,22 +311,23 @@ static void accumulate_columns(const kestrel_accumulate_op *op, int bytes, int32
                                void *scratch) {
     const int32_t block = vectors_of(bytes) * LANES;
     int32_t rest[4 * LANES] KESTREL_ALIGNED, at;
+    int two = 0;
     changes list = list_in(op);
     if (!op->prepared->ready) {
         prepare_columns(op, bytes, scratch); /* uses the memory of the list */
     }
     list_changes(&list, d, op->d_bits, op->width, padded_outputs(bytes, op->outputs));
     if (bytes) {
-        byte_changes(&list);
+        two = byte_changes(&list, op->change_bytes);
     } else {
         fill_list(&list, 2);
     }
-    at = add_blocks(op->prepared->weights, bytes, &list, y, m, 0, op->outputs);
+    at = add_blocks(op->prepared->weights, bytes, two, &list, y, m, 0, op->outputs);
     if (at < op->outputs) {
         const size_t left = (size_t)(op->outputs - at) * sizeof(int32_t);
         memset(rest, 0, sizeof rest);
         memcpy(rest, m + at, left);
-        add_blocks(op->prepared->weights + at, bytes, &list, rest, rest, 0, block);
+        add_blocks(op->prepared->weights + at, bytes, two, &list, rest, rest, 0, block);
         memcpy(y + at, rest, left);
     }
 }
@@ -318,10 +370,13 @@ static void accumulate_groups(const kestrel_accumulate_op *op, int32_t *y, const
 
 /* ------------------------------------------------------------------------------------------------------- the kernel */
 
-/* Whether a step for each weight that is kept takes less time than whole columns. */
+/* Whether weights that are kept take less time than whole columns. */
 static int sparse_enough(const kestrel_accumulate_op *op) {
     const kestrel_weights *const w = &op->weights;
     int32_t kept = op->outputs;
+    if (w->kind == KESTREL_GROUPS) {
+        return w->row_bytes / (w->lanes + 1) * w->lanes < op->outputs / PER_GROUPED;
+    }
     if (w->kind == KESTREL_BALANCED) {
         kept = w->row_bytes / (op->outputs / w->lanes > 256 ? 3 : 2);
     } else if (w->kind == KESTREL_SPARSE) {
@@ -331,18 +386,19 @@ static int sparse_enough(const kestrel_accumulate_op *op) {
 }
 
 void kestrel_accumulate(const kestrel_accumulate_op *op, void *y, const void *m, const void *d, void *scratch) {
-#if defined KESTREL_DOT4 || defined KESTREL_SIGNED_DOT4
-    const int bytes = op->small;
+#if defined KESTREL_DOT4
+    const int bytes = op->change_bytes != 0;
+#elif defined KESTREL_SIGNED_DOT4
+    const int bytes = op->change_bytes == 1; /* two bytes are no faster than a word */
 #else
     const int bytes = 0;
 #endif
-    if (op->y_bits != 32 || op->d_bits > 16 || op->weights.bits != 8) {
-        kestrel_kernels_portable.accumulate(op, y, m, d, scratch);
-    } else if (op->weights.kind == KESTREL_GROUPS) {
-        accumulate_groups(op, y, m, d);
-    } else if (sparse_enough(op)) {
-        kestrel_kernels_portable.accumulate(op, y, m, d, scratch);
-    } else {
+    const int vectors = op->y_bits == 32 && op->d_bits <= 16 && op->weights.bits == 8;
+    if (vectors && !sparse_enough(op)) {
         accumulate_columns(op, bytes, y, m, d, scratch);
+    } else if (vectors && op->weights.kind == KESTREL_GROUPS) {
+        accumulate_groups(op, y, m, d);
+    } else {
+        kestrel_kernels_portable.accumulate(op, y, m, d, scratch);
     }
 }

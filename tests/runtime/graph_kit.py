@@ -14,6 +14,7 @@ from kestrel.lower.tensor import COLUMN_STORAGES, STORAGE_BITS, Constant, Tensor
 from kestrel.quant.integer import Rescale, twos_complement
 
 STORAGES = sorted(STORAGE_BITS.keys() - set(COLUMN_STORAGES))  # of any product
+CHANGES = (254, 32638, 32766, 60000)  # largest: two int8, 256 times one and another, int16, more
 LIMITS = {8: (-128, 127), 16: (-(1 << 15), (1 << 15) - 1), 32: (-(1 << 31), (1 << 31) - 1)}
 
 
@@ -191,12 +192,13 @@ class Maker:
         """A layer with delta updates, as a scan of its own."""
         storage = ["int8", "int4", "ternary", "binary", "int2", "odd3", "int5", "sparse8", "sparse3"][self.pick(0, 8)]
         weight = constant(self.rng, (self.pick(1, 50), self.pick(1, 40)), storage)
-        self.changes(weight, [8, 16][self.pick(0, 1)])
+        self.changes(weight, self.pick(0, 3))
 
-    def changes(self, weight: Constant, bits: int) -> None:
-        """A layer with delta updates of inputs of `bits`."""
+    def changes(self, weight: Constant, kind: int) -> None:
+        """A layer with delta updates, whose changes are those of CHANGES[kind]."""
         steps, (outputs, width) = self.pick(2, 6), weight.shape
-        x = self.source((steps, width), bits, 127 if bits == 8 else None)  # changes of -254 .. 254
+        high = CHANGES[kind] // 2
+        x = self.source((steps, width), 8 if high < 128 else 16, high)
         tensor = self.graph.tensors[x]
         prefix, body = self.name("delta"), Program()
         row = body.input(f"{prefix}.x", Tensor((width,), tensor.low, tensor.high))
@@ -362,17 +364,16 @@ def sparse_graph(seed: int) -> IntegerGraph:
     maker = Maker(seed, 4000)
     rng = maker.rng
     for outputs, width in [(15, 3), (33, 21), (64, 5), (130, 33), (328, 18)]:
-        for bits in (8, 16):
-            maker.changes(
-                constant(rng, (outputs, width), ["int8", "sparse8", "int4", "ternary"][maker.pick(0, 3)]), bits
-            )
+        for kind in range(4):
+            storage = ["int8", "sparse8", "int4", "ternary"][maker.pick(0, 3)]
+            maker.changes(constant(rng, (outputs, width), storage), kind)
     for outputs, width, lanes in [(48, 30, 16), (257, 9, 1), (512, 10, 64), (1200, 7, 4)]:
         for share in (0.02, 0.2, 1.0):
             storage = "sparse8" if share == 0.2 and maker.pick(0, 1) else "balanced"
-            maker.changes(Constant(kept(rng, outputs, width, lanes, share), storage), [8, 16][maker.pick(0, 1)])
+            maker.changes(Constant(kept(rng, outputs, width, lanes, share), storage), maker.pick(0, 3))
     for outputs, width, lanes, group in [(48, 11, 1, 16), (512, 10, 1, 64), (256, 17, 2, 16)]:
         for share in (0.06, 1.0):
-            maker.changes(Constant(kept(rng, outputs, width, lanes, share, group), "groups"), [8, 16][maker.pick(0, 1)])
+            maker.changes(Constant(kept(rng, outputs, width, lanes, share, group), "groups"), maker.pick(0, 3))
     return maker.finish()
 
 
