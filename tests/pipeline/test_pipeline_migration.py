@@ -52,9 +52,14 @@ def sections(recipe: str) -> dict[str, type]:
 def exists(recipe: str, key: str) -> bool:
     if key.startswith("--"):
         return key.split()[0] in {option for action in _parser()._actions for option in action.option_strings}
-    section, _, name = key.partition("=")[0].partition(".")
-    kinds = sections(recipe)
-    return section in kinds and name in {field.name for field in dataclasses.fields(kinds[section])}
+    section, *names = key.partition("=")[0].split(".")
+    kind = sections(recipe).get(section)
+    for name in names:
+        fields = typing.get_type_hints(kind) if kind is not None and dataclasses.is_dataclass(kind) else {}
+        if name not in fields:
+            return False
+        kind = fields[name]
+    return kind is not None and bool(names)
 
 
 def test_the_check_can_fail() -> None:
