@@ -281,6 +281,8 @@ def load_checkpoint(run: Run) -> tuple[KeywordSpotter, dict[str, Any], Path]:
         spotter.net = spotter.net.with_structure(who["structure"])
     spotter.load_state_dict(state_of(content, str(path)))
     spotter.net = spotter.net.successor()
+    if (structure := spotter.net.structure()) is not None:
+        who["structure"] = structure
     deviations = config.score.deviations()
     if deviations:
         if not hasattr(spotter.net, "evaluate_with"):
@@ -369,6 +371,7 @@ def score_stage(run: Run) -> list[str]:
             analog_bits=config.export.weight_bits,
             metrics_csv=[(stage, csv) for stage, csv in curves if csv.exists() and config.checkpoint is None],
             provenance=_provenance(run, path),
+            extra={"structure": who["structure"]} if "structure" in who else None,
             audio=audio,
             progress=progress("score"),
         )
