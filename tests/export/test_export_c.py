@@ -14,6 +14,7 @@ from typing import Any
 import graph_kit
 import lower_kit
 import numpy as np
+import proxyless_kit
 import pytest
 import quant_kit
 import torch
@@ -35,7 +36,7 @@ from kestrel.lower.ops import PRODUCTS, Accumulate, ArgMax, MatMul, Requantise, 
 from kestrel.lower.rnn import Thresholds
 from kestrel.lower.spotter import lower
 from kestrel.lower.tensor import Constant, Tensor
-from kestrel.models.quant_net import LowBitPlan
+from kestrel.models.quant_net import LowBitPlan, QuantNet
 from kestrel.models.spotter import KeywordSpotter
 from kestrel.nn.cbtd import Balance, target_mask
 from kestrel.quant.integer import Rescale, rounding_shift
@@ -89,6 +90,10 @@ def balanced(kind: type[nn.LSTM | nn.GRU], balance: Balance) -> IntegerGraph:
     return graph
 
 
+def proxyless(made: QuantNet) -> IntegerGraph:
+    return lower(KeywordSpotter(Post([], (lower_kit.FRAMES, lower_kit.WIDTH)), made), lower_kit.FEATURE_SCALE)
+
+
 FIXED = {"qa": 1, "qw": 1, "qc": 1, "qcw": 1}
 GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     "blocks": block_lstm,
@@ -115,6 +120,8 @@ GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
         lambda: lower_kit.Recurrent(nn.LSTM), thresholds=Thresholds(0.1, 0.05), weight_bits=2
     ),
     **{f"trained {grid}": functools.partial(trained, grid) for grid in GRIDS},
+    "found by a search": lambda: proxyless(proxyless_kit.found(4)),
+    "published network of a search": lambda: proxyless(proxyless_kit.given(2, net="5")),
     "trained and pruned": lambda: trained("4bitsym", prune=0.7),
 }
 STREAMING = {"blocks"}  # the others rescale all features first

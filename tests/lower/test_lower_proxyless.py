@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
+import proxyless_kit
 import pytest
 import torch
-from lower_kit import CLASSES, FEATURE_SCALE, FRAMES, WIDTH, codes_of, features
-from quant_kit import trained
+from lower_kit import FEATURE_SCALE, FRAMES, WIDTH, codes_of, features
 
 from kestrel.frontend.post import Post
 from kestrel.lower.spotter import LOGITS, lower
-from kestrel.models.proxyless import SuperNet
 from kestrel.models.spotter import KeywordSpotter
-from kestrel.recipe import proxylessnas_kws as recipe
-from kestrel.settings import build
-
-SMALL = {"width_mult": 0.2, "width_mix": 72, "n_cell_stages": [3], "kernels": [3, 7], "expansions": [1, 2]}
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"weight_bits": 2, "weight_quantiser": "symmetric"}, {"weight_quantiser": "dorefa"}]
 )
 def test_a_given_network(settings: dict) -> None:
-    torch.manual_seed(1)
-    model = build(recipe.ModelSpec, {**SMALL, "act_bits": 8, "blocks": "7e2 Z 3e1", **settings})
-    _agrees(trained(recipe.build(model, (FRAMES, WIDTH), CLASSES), "pretrain"))  # type: ignore[arg-type]
+    _agrees(proxyless_kit.given(**settings))
 
 
 def test_a_found_network() -> None:
-    torch.manual_seed(1)
-    net = recipe.build(build(recipe.ModelSpec, {**SMALL, "act_bits": 8}), (FRAMES, WIDTH), CLASSES)
-    assert isinstance(net, SuperNet)
-    found = trained(net, "pretrain").successor(to_train=True)  # type: ignore[attr-defined]
-    _agrees(trained(found, "retrain"))
+    _agrees(proxyless_kit.found())
 
 
 def _agrees(net: torch.nn.Module) -> None:
