@@ -250,6 +250,8 @@ class QuantNet(Network):
                     module.groups,
                     module.bias is not None,
                 )
+                if module.before:
+                    new = nn.Sequential(nn.ZeroPad2d((0, 0, module.before, 0)), new)
             elif isinstance(module, QuantLinear):
                 new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             elif isinstance(module, QuantActivation):

@@ -19,6 +19,7 @@ from kestrel.models.tinyspeech import PLANS, SeparableNet, published_parameters
 from kestrel.nn.condenser import Condenser
 from kestrel.nn.low_bit import LowBit
 from kestrel.recipe.tinyspeech import ModelSpec, build
+from kestrel.score.count import thop_check
 
 SHAPE = (24, 8)
 SCALE = 2.0**-12
@@ -32,7 +33,10 @@ NETS: dict[str, dict[str, Any]] = {
     "qp": {"net": "qp"},
     "qp4": {"net": "qp", "qp_blocks": 4},
     "sep": {"net": "sep", "width": 12},
-    "mcu": {"net": "sep", "width": 12, "stride": 2, "condense": [2], "head": 20, "power_of_two": True},
+    "mcu": {
+        **{"net": "sep", "width": 12, "stride": 2, "causal": True, "condense": [2], "head": 20},
+        "power_of_two": True,
+    },
 }
 
 
@@ -96,6 +100,16 @@ def test_counts_add_up(name: str) -> None:
     assert sum(row["macs"] for row in rows) == net.macs(SHAPE[0]) > 0
 
 
+@pytest.mark.parametrize("name", ["z", "m", "qp4", "sep", "mcu"])
+def test_thop_counts_the_same(name: str) -> None:
+    net = net_of(name)
+    check = thop_check(net, *SHAPE)
+    assert check.skipped == []
+    assert check.compared is not None
+    biases = 0 if name != "m" else check.compared - net.macs(SHAPE[0])  # thop counts an operation for each bias
+    assert check.compared - biases == net.macs(SHAPE[0])
+
+
 def test_macs_of_the_first_and_last_convolution() -> None:
     rows = {row["name"]: row for row in net_of("z strided").layer_table(SHAPE[0])}
     assert rows["first.conv"]["macs"] == 9 * 7 * 12 * 4
@@ -146,6 +160,18 @@ def test_a_separable_network_looks_at_a_window_of_frames() -> None:
     seen = x.grad.abs().sum(2)[0].nonzero().flatten()
     assert seen.min() >= 20 - 4
     assert seen.max() <= 20 + 4
+
+
+def test_a_causal_network_does_not_look_ahead() -> None:
+    net = net_of("mcu", (40, 8), kernels=[5, 7]).eval()
+    assert isinstance(net, SeparableNet)
+    x = torch.randn(1, 40, 8, requires_grad=True)
+    v = net.blocks(net.first(net.columns(x)))
+    v[0, :, 9].sum().backward()  # made when frames 0 .. 18 were there
+    assert x.grad is not None
+    seen = x.grad.abs().sum(2)[0].nonzero().flatten()
+    assert seen.max() == 18
+    assert seen.min() >= 18 - 4 - 2 * 6
 
 
 @pytest.mark.parametrize(
