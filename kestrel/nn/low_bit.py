@@ -7,6 +7,7 @@ straight-through gradients. Off, they are the plain layers, while activations al
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, cast
 
 import torch
@@ -249,7 +250,7 @@ class QuantActivation(nn.Module):
         else:
             exponent = (self.largest / self.high).clamp(min=SMALLEST).log2()
         if self.power_of_two:
-            return _Up.apply(exponent).exp2()
+            return (exponent.ceil() if plain_ops() else _Up.apply(exponent)).exp2()
         return shared_range(exponent.exp2())
 
     def limits(self, step: float) -> tuple[int, int]:
@@ -292,9 +293,12 @@ class QuantActivation(nn.Module):
         if not self.quantised:
             return x
         step = self.step()
-        if plain_ops():
-            low, high = self.limits(float(step))
-            return (x / step).clamp(low, high).round() * step
+        if plain_ops():  # the step is a constant of the trace
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                constant = float(step.detach())
+            low, high = self.limits(constant)
+            return (x / constant).clamp(low, high).round() * constant
         size = float(step.detach())
         low, high = self.limits(size)
         if static:
