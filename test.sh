@@ -34,8 +34,10 @@ lint() {
     say "shellcheck is not installed: the shell scripts were not checked (apt-get install shellcheck)"
   fi
 }
-unit() { "$python" -m pytest -m "not smoke" --durations=10 ${rest[@]+"${rest[@]}"}; }
-smoke() { "$python" -m pytest -m smoke --durations=10 ${rest[@]+"${rest[@]}"}; }
+# As many processes as processors, each with one thread; a test file stays in one process, runs are dealt out singly.
+tests() { OMP_NUM_THREADS=1 "$python" -m pytest -n "${KESTREL_TEST_PROCESSES:-logical}" --durations=10 "$@" ${rest[@]+"${rest[@]}"}; }
+unit() { tests -m "not smoke" --dist loadfile; }
+smoke() { tests -m smoke --dist worksteal; }
 
 failed=() report=()
 for layer in "${layers[@]}"; do

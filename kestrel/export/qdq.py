@@ -38,7 +38,7 @@ class Rewritten:
     quantisers: int = 0  # written as QDQ
     float_roundings: int = 0  # left in float32: more than 8 bits, ranges along several axes, or no quantiser at all
     weights: int = 0  # weight groups written as int8
-    float_weights: int = 0  # of more than 8 bits
+    float_weights: int = 0  # that int8 does not hold
 
 
 def rewrite(model: ModelProto, codes: Mapping[str, WeightCodes]) -> Rewritten:
@@ -218,14 +218,15 @@ def _weights(graph: GraphProto, codes: Mapping[str, WeightCodes], done: Rewritte
         places = list(_equal_arrays(graph, group.decode()))
         if not places:
             continue
-        if group.bits > 8:
+        low, high = int(group.codes.min(initial=0)), int(group.codes.max(initial=0))
+        if group.bits > 8 or low < -_HALF_INT8 or high >= _HALF_INT8:  # odd codes of 8 bits reach 255
             done.float_weights += 1
             continue
         done.weights += 1
         shape = numpy_helper.to_array(places[0][1]).shape
         scalar = group.scale.size == 1
         parts = {
-            "codes": group.codes.reshape(shape),
+            "codes": group.codes.reshape(shape).astype(np.int8),
             "scale": group.scale.reshape(() if scalar else -1),
             "zero": np.zeros(() if scalar else group.scale.size, np.int8),
         }
@@ -328,7 +329,7 @@ def qdq_form(work: Work, folder: Path) -> Part:
             f"{done.float_roundings} roundings are float32 operations (quantisers of more than 8 bits, or of another form)"
         )
     if done.float_weights:
-        stays.append(f"{done.float_weights} groups of weights of more than 8 bits are float32")
+        stays.append(f"{done.float_weights} groups of weights that int8 does not hold are float32")
     if not done.quantisers:
         stays.append("this network quantises no activation, so none has a pair of nodes")
     text = (

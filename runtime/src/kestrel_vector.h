@@ -9,9 +9,8 @@
  * the first and in the second result. interpolate_pairs is n[0] w[0] + n[1] w[1] of pairs of int16. `flipped` adds CODE_START
  * to bytes, see kestrel_products.h.
  *
- * doubles_rounded (KESTREL_DOUBLES) is a vector of doubles below 2^31 as int32, half to even; the program has to leave the
- * processor's rounding at its default, to nearest. doubles_shuffled is the same in an order of its own, from which
- * pack_shuffled makes 2 LANES int16 in order, and pack_paired where sums were paired as above.
+ * doubles_rounded (KESTREL_DOUBLES) is a vector of doubles below 2^31 as int32, half to even, however the program has
+ * set the processor's rounding. doubles_shuffled is the same in an order of its own, from which pack_shuffled makes 2 LANES int16 in order, and pack_paired where sums were paired as above.
  */
 #ifndef KESTREL_VECTOR_H
 #define KESTREL_VECTOR_H
@@ -153,9 +152,10 @@ INLINE doubles doubles_splat(double x) { return _mm256_set1_pd(x); }
 INLINE doubles doubles_low(vector x) { return _mm256_cvtepi32_pd(_mm256_castsi256_si128(x)); }
 INLINE doubles doubles_high(vector x) { return _mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1)); }
 INLINE doubles doubles_scaled(doubles x, doubles factor, doubles offset) { return _mm256_fmadd_pd(x, factor, offset); }
-INLINE vector doubles_shuffled(doubles low, doubles high) {
-    const __m256 a = _mm256_castpd_ps(_mm256_add_pd(low, doubles_splat(LARGE)));
-    const __m256 b = _mm256_castpd_ps(_mm256_add_pd(high, doubles_splat(LARGE)));
+INLINE doubles doubles_nearest(doubles x) { return _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vector doubles_shuffled(doubles low, doubles high) { /* the sums are of integers, exact whatever the rounding */
+    const __m256 a = _mm256_castpd_ps(_mm256_add_pd(doubles_nearest(low), doubles_splat(LARGE)));
+    const __m256 b = _mm256_castpd_ps(_mm256_add_pd(doubles_nearest(high), doubles_splat(LARGE)));
     return _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
 }
 INLINE vector doubles_rounded(doubles low, doubles high) {

@@ -19,6 +19,7 @@ from kestrel.lower.answers import predict_decoded
 from kestrel.models.block_lstm import BlockLSTM
 from kestrel.models.inventory import weight_codes
 from kestrel.models.spotter import KeywordSpotter
+from kestrel.quant.packing import WeightCodes
 from kestrel.quant.quantiser import clip_quantise
 
 
@@ -60,6 +61,26 @@ def test_qdq_answers_as_pytorch_does_with_the_same_codes(tmp_path, data, method,
     assert "Round" not in kinds(graph)
     assert kinds(graph).count("QuantizeLinear") == done.quantisers
     assert kinds(graph).count("DequantizeLinear") == done.quantisers + 6
+
+
+@pytest.mark.parametrize(("largest", "held"), [(127, True), (255, False)])
+def test_weights_that_int8_does_not_hold_stay_float(largest, held):
+    """Odd codes of 8 bits reach 255."""
+    codes = WeightCodes(np.array([[-127, 1, 3], [5, 7, largest]], np.int16), np.array([0.5], np.float32), 8, "odd8")
+    nodes = [onnx.helper.make_node("Gemm", ["x", "w"], ["y"])]
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, n]) for name, n in (("x", 2), ("y", 3))
+    )
+    graph = onnx.helper.make_graph(nodes, "one", [x], [y], [numpy_helper.from_array(codes.decode(), "w")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    done = rewrite(model, {"w": codes})
+    assert (done.weights, done.float_weights) == (int(held), int(not held))
+    onnx.checker.check_model(model, full_check=True)
+    options = onnxruntime.SessionOptions()  # no optimiser, which would also quantise x
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    values = np.array([[1.0, -2.0]], np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": values})[0], values @ codes.decode())
 
 
 def test_weights_are_int8_and_scales_those_of_codes_and_ranges(tmp_path, data):

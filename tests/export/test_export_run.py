@@ -177,7 +177,7 @@ def test_without_onnx(tmp_path, data):
 def test_a_failed_check_leaves_the_old_folder(tmp_path, data, monkeypatch):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "old").write_text("kept")
-    monkeypatch.setattr(onnx_export, "LARGEST_DISAGREEMENT", -1.0)
+    monkeypatch.setattr(onnx_export, "most_others", lambda clips: -1.0)
     with pytest.raises(KestrelError, match="otherwise than PyTorch"):
         export(spotter(), data, tmp_path / "export", settings=ExportSpec(c=False), **ARGUMENTS)
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "old"]

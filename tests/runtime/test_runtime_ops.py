@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import graph_kit
@@ -14,7 +15,7 @@ from cc_kit import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kestrel.export.c_check import extremes, run_program, trace
+from kestrel.export.c_check import extremes, logits_of, run_program, trace
 from kestrel.export.c_files import RUNTIME, write_c
 from kestrel.export.c_model import generate
 from kestrel.export.c_pack import pack_rows
@@ -51,6 +52,24 @@ def test_random_graphs_of_all_ops_equal_the_oracle(seed: int, tmp_path: Path) ->
 @pytest.mark.parametrize("flags", ["-O3", "-O2"])
 def test_every_storage_of_weights_equals_the_oracle(flags: str, tmp_path: Path) -> None:
     compare(graph_kit.all_storages(3), tmp_path, flags)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rounding", ["FE_UPWARD", "FE_TOWARDZERO"])
+def test_the_rounding_of_the_processor_changes_nothing(rounding: str, isa: str, tmp_path: Path) -> None:
+    """Vector kernels rescale in floating point; a program may have changed how that rounds."""
+    source, made = tmp_path / "rounding.c", tmp_path / "rounding.o"
+    source.write_text(
+        f"#include <fenv.h>\n__attribute__((constructor)) static void set(void) {{ fesetround({rounding}); }}\n"
+    )
+    subprocess.run(["gcc", "-c", "-o", made, source], check=True)
+    kernels = kernels_kit.toolchain("-O2")
+    graph = graph_kit.wide_graph(7)
+    write_c(generate(graph), tmp_path / "c")
+    *others, libraries = kernels.variables
+    program = replace(kernels, variables=(*others, f"{libraries} {made} -lm")).build(tmp_path / "c", "model")
+    codes = extremes(graph)
+    np.testing.assert_array_equal(run_program(program, codes, kernels=isa), logits_of(graph, codes))
 
 
 @pytest.mark.parametrize("seed", range(2))
