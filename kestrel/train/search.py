@@ -60,6 +60,11 @@ class Search:
         self.per_epoch = self.net.updates_per_epoch or 1
         self.warm = settings.warmup_epochs * self.per_epoch  # updates of weights before the search
         self.total = total
+        if self.warm + settings.arch_start_epoch * self.per_epoch >= total:
+            log.warning(
+                "nothing will be searched: model.search.warmup_epochs %d and arch_start_epoch %d take all %.4g passes",
+                settings.warmup_epochs, settings.arch_start_epoch, total / self.per_epoch,
+            )  # fmt: skip
         size = settings.grad_data_batch or job.train.batch_size
         if settings.arch_algo == "rl":
             size = job.train.eval_batch_size
