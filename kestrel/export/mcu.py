@@ -33,7 +33,7 @@ from kestrel.frontend.spec import FrontendSpec
 from kestrel.lower.graph import IntegerGraph
 from kestrel.lower.narrow import narrow_form
 from kestrel.lower.spotter import FEATURES, LOGITS
-from kestrel.lower.stream import stream_program
+from kestrel.lower.stream import Pool, stream_program
 from kestrel.models.evaluate import Accuracy, accuracy
 from kestrel.settings import build
 from kestrel.store.markdown import percent, table
@@ -73,16 +73,14 @@ def mcu_form(work: Work, folder: Path) -> Part | None:
     spec = build(FrontendSpec, dict(work.data.frontend)) if work.data.frontend else FrontendSpec()
     if spec.arithmetic != "shift-add" or work.graph is None:
         return None
-    try:
-        narrow = narrow_form(work.graph)
-        model = stream_model(stream_program(narrow, work.settings.mcu_segments), work.data.classes)
-    except KestrelError as error:
-        return Part(TITLE, f"Left out: {error}.", missing=(f"Microcontroller program: {error}.",))
     front_end = ShiftAddFeatures(spec)
     samples = int(work.data.protocol.get("clip_samples") or spec.sample_rate)
     first = next((i for i, name in enumerate(work.data.classes) if name not in NO_KEYWORDS), 0)
-    if have_compiler():
-        model = _with_straight_code(model, front_end, samples, work)
+    try:
+        narrow = narrow_form(work.graph)
+        model = _fitted(narrow, front_end, samples, work)
+    except KestrelError as error:
+        return Part(TITLE, f"Left out: {error}.", missing=(f"Microcontroller program: {error}.",))
     with McuBuild(model, front_end.tables, samples, first) as program:
         proof = _prove(work, program, narrow, front_end)
         stack = proof.chip.stack if proof.chip else 184
@@ -100,21 +98,41 @@ def mcu_form(work: Work, folder: Path) -> Part | None:
 # --------------------------------------------------------------------------------------------------------------- proof
 
 
+def _fitted(narrow: IntegerGraph, front_end: ShiftAddFeatures, samples: int, work: Work) -> StreamModel:
+    """The model with the most segments that RAM has room for, and straight-line code where flash has.
+
+    Raises KestrelError where it cannot run column by column, or does not fit whatever is chosen.
+    """
+    wanted = work.settings.mcu_segments
+    program = stream_program(narrow, wanted)
+    model = stream_model(program, work.data.classes)
+    if not have_compiler():
+        return model
+    (pool,) = (step for step in program.steps if isinstance(step, Pool))
+    fewer = [n for n in range(pool.segments - 1, 0, -1) if pool.segments * pool.columns % n == 0]
+    for segments in [] if wanted else fewer:
+        try:
+            return _with_straight_code(model, front_end, samples, work)
+        except KestrelError:
+            model = stream_model(stream_program(narrow, segments), work.data.classes)
+    return _with_straight_code(model, front_end, samples, work)
+
+
 def _with_straight_code(model: StreamModel, front_end: ShiftAddFeatures, samples: int, work: Work) -> StreamModel:
     """Straight-line code for as many products as flash has room for (or as `export.mcu_straight` says)."""
     program, budget = model.program, work.settings.mcu_straight
+    with McuBuild(model, front_end.tables, samples) as plain:
+        room = FLASH - plain.chip().flash_bytes - SPARE_FLASH
     if budget is not None:
         return stream_model(program, work.data.classes, choose_straight(program, budget))
-    with McuBuild(model, front_end.tables, samples) as plain:
-        budget = FLASH - plain.chip().flash_bytes - SPARE_FLASH
-    while budget > 0 and (chosen := choose_straight(program, budget)):
+    while room > 0 and (chosen := choose_straight(program, room)):
         found = stream_model(program, work.data.classes, chosen)
         with McuBuild(found, front_end.tables, samples) as trial:
             try:
                 trial.chip()
                 return found
-            except KestrelError:  # the estimate was too low
-                budget = budget * 3 // 4
+            except KestrelError:  # the estimate was too low, or its sums take too much stack
+                room = room * 3 // 4
     return model
 
 
