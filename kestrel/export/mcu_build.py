@@ -42,6 +42,7 @@ FILES = {
     "host.c": "sample source and result sink of a computer",
     "chip.c": "sample source and result sink of the CH32V003: microphone, UART, LED",
     "emulator.c": "sample source and result sink under QEMU",
+    "spike.c": "sample source and result sink under spike",
     "board.c": "sample source and result sink of boards with I2S, a stub",
     "CMakeLists.txt": "component for ESP-IDF",
     "start.S": "reset of the CH32V003",
@@ -166,7 +167,7 @@ class McuBuild:
         """Bytes of stack that the program can take on the chip: the deepest calls of main and of the interrupt."""
         self._make("chip.o", *(name for name in _CHIP_OBJECTS if name not in ("start.o", "chip.o")))
         graphs = [
-            path.read_text(encoding="utf-8") for path in sorted(self.path.glob("*.ci")) if path.stem != "emulator"
+            path.read_text(encoding="utf-8") for path in sorted(self.path.glob("*.ci")) if path.stem not in ("emulator", "spike")
         ]
         return stack_bound(graphs, ("main",)) + stack_bound(graphs, ("kestrel_interrupt",))
 
@@ -208,6 +209,22 @@ class McuBuild:
             raise KestrelError(f"the emulated chip gives {max(0, len(logits))} logits for {len(samples)} clips")
         parts = dict(zip(("samples", "front end", "network", "logits"), report[1:], strict=True))
         return Ran(logits.reshape(len(samples), -1), report[0], parts if timing else {})
+
+    def run_spike(self, samples: Array, spike: str = "spike") -> Array:
+        """Logits int64 [n, C] of clips int16 [n, S] from the reference simulator, which stops at registers above x15.
+
+        Raises KestrelError where it fails.
+        """
+        np.ascontiguousarray(samples, "<i2").tofile(self.path / "clips.bin")
+        (self.path / "spike.o").unlink(missing_ok=True)
+        defines = f"-DSPOTTER_FIRST_KEYWORD={self.first_keyword} -DCLIP_SAMPLES={self.clip_samples}"
+        self._make("spike.elf", "-B", f"DEFINES={defines}", f"STACK={-(-self.stack() // 4) * 4}")
+        command = [spike, "--isa=rv32ec_zicsr", "-m0x80000000:0x4200000", "spike.elf"]
+        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+        rows = [[int(word, 16) for word in line.split()] for line in done.stdout.splitlines() if line.strip()]
+        if done.returncode or len(rows) != len(samples):
+            raise KestrelError(f"spike ends with {done.returncode}, {len(rows)} of {len(samples)} clips: {done.stderr[-200:]!r}")
+        return np.array(rows, np.uint32).astype(np.int32).astype(np.int64)
 
     def disassembly(self) -> str:
         """The instructions of the emulated image, with what is outside of the limits."""
