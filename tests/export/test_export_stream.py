@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kestrel.export.stream_c import choose_straight, digit_code, stream_model
+from kestrel.export.stream_c import choose_straight, stream_model
 from kestrel.export.stream_pack import pack_matrix, straight_cost, straight_lines
+from kestrel.export.stream_writer import digit_code
 from kestrel.lower.narrow import narrow_form
 from kestrel.lower.stream import stream_program
 from kestrel.lower.tensor import Constant

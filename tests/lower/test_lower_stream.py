@@ -11,8 +11,9 @@ from kestrel.lower import ops
 from kestrel.lower.graph import IntegerGraph
 from kestrel.lower.narrow import few_bits, narrow_form
 from kestrel.lower.ops import Window
-from kestrel.lower.stream import Keep, Pool, Repeat, queues, stream_program
-from kestrel.lower.stream import Window as WindowStep
+from kestrel.lower.stream import stream_program
+from kestrel.lower.stream_steps import Keep, Pool, Repeat, queues
+from kestrel.lower.stream_steps import Window as WindowStep
 from kestrel.lower.tensor import Tensor
 from kestrel.quant.integer import INT32, Rescale
 from tests.lower.stream_kit import LIMITS, Maker, picture, spotter
