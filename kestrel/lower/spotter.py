@@ -11,6 +11,7 @@ from torch import Tensor as Real
 
 from kestrel.errors import KestrelError
 from kestrel.lower.block_lstm import lower_block_lstm
+from kestrel.lower.dead_channels import without_dead_channels
 from kestrel.lower.delta_network import lower_delta_network
 from kestrel.lower.graph import IntegerGraph, Program, calibrated_scale, input_codes
 from kestrel.lower.network import lower_network
@@ -89,6 +90,7 @@ def lower(
         raise KestrelError(f"{type(spotter.net).__name__} has no integer form: {error}") from error
     graph.output(logits)
     graph.output(graph.add(ArgMax(inputs=(LOGITS,), outputs=(CLASS,))))
+    graph = without_dead_channels(graph)
     graph.leave_out_zeros()
     return graph
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from kestrel.errors import KestrelError
 from kestrel.hw.delta_markdown import summary as cycles_summary
@@ -32,6 +33,7 @@ from kestrel.models.evaluate import (
     ties,
 )
 from kestrel.models.inventory import device_figures, evaluation_noise_of, network_shape
+from kestrel.models.quant_net import QuantNet
 from kestrel.score import chips as programmed
 from kestrel.score import delta_plots, deltas, noisy, plots
 from kestrel.score.count import Counts, count
@@ -154,6 +156,7 @@ def score(
         "evaluation_noise": evaluation_noise_of(spotter.net),
         "deviations": device_figures(spotter.net),
         **({} if spread is None else {"chips": spread.record()}),
+        **_pruned(spotter.net),
         "config_hash": identity["config_hash"],
         **{key: provenance.get(key) for key in PROVENANCE},
     }
@@ -223,6 +226,13 @@ def _peak_ram(graph: IntegerGraph | None) -> int | None:
         return None if graph is None else plan_memory(graph).size
     except KestrelError:
         return None
+
+
+def _pruned(net: nn.Module) -> dict[str, float]:
+    """Share of stored weights that are zero, of a network that prunes."""
+    if isinstance(net, QuantNet) and net.pruner is not None:
+        return {"weight_sparsity": round(net.weight_sparsity(), DIGITS)}
+    return {}
 
 
 def _check_classes(data: FeatureFile, identity: Mapping[str, Any]) -> list[str]:
