@@ -40,7 +40,7 @@ class ModelSpec(Family):
     init_div_groups: bool = setting(False, "the fan of a depthwise convolution counts its own channel alone")
     weight_bits: int | None = setting(8, "bits of all weights; null = floating point", min=1, max=8)
     weight_quantiser: Literal["dorefa", "scaled", "symmetric"] = setting(
-        "scaled", "dorefa: fixed range 1; scaled: a scale for each output; symmetric: the same without a level 0"
+        "scaled", "dorefa: fixed range 1; scaled: a scale for each output; symmetric: without a level 0 below 8 bits"
     )
     weight_scale: Literal["max", "mean", "octav"] = setting("max", "how scaled and symmetric find their scales")
     layer_bits: dict[str, int] = setting({}, "other bits of single layers: name pattern -> bits", min=1, max=8)
@@ -88,7 +88,8 @@ def grid(bits: int | None, model: ModelSpec) -> str:
         return f"dorefa{bits}"
     if bits == 1:
         return "binary"
-    return f"{bits}bit" + ("sym" if model.weight_quantiser == "symmetric" else "")
+    # Without a level 0 codes are odd: at 8 bits they would not fit a byte, and the step is fine enough with one.
+    return f"{bits}bit" + ("sym" if model.weight_quantiser == "symmetric" and bits < 8 else "")
 
 
 def plan(model: ModelSpec, *, activations: bool) -> LowBitPlan:
