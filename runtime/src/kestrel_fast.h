@@ -115,10 +115,38 @@ INLINE vector scaled(const scaling *s, vector x) {
 
 /* ------------------------------------------------------------------------------------------- element by element */
 
+#ifdef KESTREL_DOUBLES
+/* Constants `from` on, divided by 2^shift, or the same one for all channels. */
+INLINE void divided(doubles *low, doubles *high, const int32_t *constants, int own, int32_t from, doubles unit) {
+    const vector c = own ? vector_load(constants + from) : vector_splat(constants[0]);
+    *low = doubles_scaled(doubles_low(c), unit, doubles_splat(0));
+    *high = doubles_scaled(doubles_high(c), unit, doubles_splat(0));
+}
+
+/* Rescaling of x, channels from `channel` on. */
+INLINE vector scaled_channels(const kestrel_rescale *r, vector x, int32_t channel) {
+    const doubles unit = doubles_splat(unit_of(r->shift));
+    doubles factor_low, factor_high, low = doubles_splat(0), high = low;
+    divided(&factor_low, &factor_high, r->multipliers, r->multiplier_step, channel, unit);
+    if (r->offsets != NULL) {
+        divided(&low, &high, r->offsets, r->offset_step, channel, unit);
+    }
+    low = doubles_scaled(doubles_low(x), factor_low, low);
+    high = doubles_scaled(doubles_high(x), factor_high, high);
+    return vector_clamp(doubles_rounded(low, high), vector_splat(r->low), vector_splat(r->high));
+}
+#endif
+
 void kestrel_requantise(const kestrel_requantise_op *op, void *y, const void *x) {
     const int32_t size = op->rows * op->channels;
     const int x_bits = op->x_bits, y_bits = op->y_bits;
     scaling s;
+#ifdef KESTREL_DOUBLES
+    if (op->rows == 1 && size >= LANES && op->rescale.narrow && (op->rescale.multiplier_step || op->rescale.offset_step)) {
+        FOR_VECTORS(y, y_bits, size, scaled_channels(&op->rescale, load_codes(x, x_bits, at), at));
+        return;
+    }
+#endif
     if (size < LANES || !same_scaling(&s, &op->rescale)) {
         kestrel_kernels_portable.requantise(op, y, x);
         return;
