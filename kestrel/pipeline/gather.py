@@ -31,9 +31,12 @@ NUMBERS = (
     "parameters",
     "macs",
     "weight_bytes",
+    "temporal_sparsity",
+    "weight_sparsity",
 )
 PROVENANCE = ("variant", "protocol", "protocol_hash", "split", "git_commit", "git_dirty")
 AVERAGED = ("accuracy", "integer_accuracy", "energy_uj")
+WHERE_KNOWN = ("temporal_sparsity",)  # averaged, too, in sweeps of networks that have it
 _CURVES = 8  # runs in one picture of training
 
 
@@ -168,14 +171,15 @@ def summary_rows(content: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """(header, rows) of summary.csv: mean and standard deviation of each setting over seeds (and chips)."""
     axes = [key for key in content["axes"] if key not in REPEATS]
     header = [*axes, "points", "ok"]
-    for key in AVERAGED:
+    averaged = [*AVERAGED, *(key for key in WHERE_KNOWN if any(row.get(key) is not None for row in content["points"]))]
+    for key in averaged:
         header += [f"{key}_mean", f"{key}_sd"]
     header += ["accuracy_min", "accuracy_max", "n", "macs", "weight_bytes", "protocol"]
     lines = []
     for values, rows in settings(content):
         good = [row for row in rows if row["status"] == "ok"]
         line = [*(values[key] for key in axes), len(rows), len(good)]
-        for key in AVERAGED:
+        for key in averaged:
             line += [
                 None if number is None else round(number, 6)
                 for number in spread([row[key] for row in good if key in row])
@@ -216,6 +220,7 @@ def plotted(content: dict[str, Any]) -> list[Setting]:
                     _series_name(content, values),
                     tuple(row[figure] for row in good),
                     tuple(row["energy_uj"] for row in good if row.get("energy_uj") is not None),
+                    tuple(row["temporal_sparsity"] for row in good if row.get("temporal_sparsity") is not None),
                 )
             )
     return found
@@ -259,6 +264,9 @@ def draw(root: Path, folder: Path, content: dict[str, Any]) -> list[Path]:
     if len(energies) > 1:  # else it is a vertical line
         paths.append(folder / "energy.png")
         sweep_plots.accuracy_energy(found, label, title, paths[-1])
+    if len({round(setting.sparsity, 3) for setting in found if setting.sparsity is not None}) > 1:
+        paths.append(folder / "frontier.png")
+        sweep_plots.accuracy_sparsity(found, label, title, paths[-1])
     bars = _bars(content)
     if bars:
         paths.append(folder / "energy_bars.png")

@@ -395,9 +395,11 @@ def _plan_sweep(root: Path, arguments: Sequence[str], values: argparse.Namespace
     given = _given(arguments)
     chosen = {key: given[key] for key in SWEEP_OPTIONS if key in given}
     sweep = load_sweep(path).narrowed(chosen, values.set)
-    if values.checkpoint is not None or values.pretrained:
+    if values.pretrained or (values.checkpoint is not None and not sweep.score):
         option = "--pretrained" if values.pretrained else "--checkpoint"
-        raise UsageError(f"{option} and --sweep: each point of a sweep scores weights of its own")
+        raise UsageError(
+            f"{option} and --sweep: each point of a sweep scores weights of its own (--checkpoint serves sweeps over score settings)"
+        )
     if values.tag:
         sweep.name = values.tag
     recipe = chosen.get("recipe") or sweep.options.get("recipe") or values.recipe
@@ -411,6 +413,8 @@ def _plan_sweep(root: Path, arguments: Sequence[str], values: argparse.Namespace
     group = 0
     for point in points:
         group += point.trains
+        if values.checkpoint is not None and point.trained is None:
+            continue  # all points score the checkpoint that was given
         own = argparse.Namespace(
             **{**vars(values), **point.options, "tag": None, "set": [*point.set, *values.set, *point.grid]}
         )
@@ -422,7 +426,9 @@ def _plan_sweep(root: Path, arguments: Sequence[str], values: argparse.Namespace
             continue
         config.tag = point.name
         run = Run(root, folder / point.name, config, values.nproc, values.force)
-        if point.trained is not None:
+        if values.checkpoint is not None:
+            stages = _stages(max(first, BY_NAME["score"].number), last)
+        elif point.trained is not None:
             if point.trained not in weights:
                 point.error = f"{point.trained} cannot run"
                 continue
@@ -466,6 +472,8 @@ def _sweep_options(chosen: dict[str, Any], values: argparse.Namespace, config: C
             if place and Path(place).is_absolute() and text.startswith(f"corpus.{key}="):
                 text = f"corpus.{key}=${name}"
         words += ["--set", text]
+    if config.checkpoint is not None and values.checkpoint is not None:
+        words += ["--checkpoint", "$CHECKPOINT" if Path(config.checkpoint).is_absolute() else config.checkpoint]
     return words + (["--tag", values.tag] if values.tag else [])
 
 

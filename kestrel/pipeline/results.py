@@ -36,7 +36,13 @@ _NEEDED = (
 )
 _SEED = re.compile(r"(?:^|[-_,])seed[=]?\d+$")
 _DIRTY = "\\*"
-PICTURES = ("accuracy.png", "energy.png", "error.png", "pareto.png")  # of a sweep, kept beside its results
+PICTURES = (
+    "accuracy.png",
+    "frontier.png",
+    "energy.png",
+    "error.png",
+    "pareto.png",
+)  # of a sweep, kept beside its results
 
 
 def results_folder(root: Path, recipe: str) -> Path:
@@ -183,7 +189,7 @@ def _protocol(protocol: tuple[str, ...], kept: list[Kept]) -> list[str]:
     rows = [_row(group, sorted(results, key=lambda r: int(r["seed"]))) for group, results in sorted(groups.items())]
     header = (
         "variant", "seeds", "clips", "noise", "accuracy", "95 % interval", "integer model", "energy, µJ", "parameters",
-        "multiply-adds", "bytes", "RAM, bytes", "training", "commit",
+        "multiply-adds", "zero deltas", "zero weights", "µs a frame (model)", "bytes", "RAM, bytes", "training", "commit",
     )  # fmt: skip
     shown = [index for index in range(len(header)) if any(row[index] is not None for row in rows)]
     lines = [table([header[index] for index in shown], [[row[index] for index in shown] for row in rows])]
@@ -232,6 +238,9 @@ def _row(group: str, results: list[dict[str, Any]]) -> list[Any]:
         _mean_text([r["energy_uj"] for r in results if r.get("energy_uj") is not None], 1.0, "", 3),
         _one(results, "parameters"),
         _one(results, "macs"),
+        _mean_text([r["temporal_sparsity"] for r in results if r.get("temporal_sparsity") is not None], digits=1),
+        _mean_text([r["weight_sparsity"] for r in results if r.get("weight_sparsity") is not None], digits=1),
+        _mean_text([r["accelerator"]["microseconds"]["mean"] for r in results if r.get("accelerator")], 1.0, ""),
         _one(results, "weight_bytes"),
         _one(results, "peak_ram_bytes"),
         duration(sum(seconds) / len(seconds)) if seconds else None,
@@ -270,10 +279,11 @@ def _sweep(content: dict[str, Any]) -> list[str]:
             averaged(row, "accuracy", 100, " %", 2),
             averaged(row, "integer_accuracy", 100, " %", 2),
             averaged(row, "energy_uj", 1, "", 3),
+            averaged(row, "temporal_sparsity", 100, " %", 1) if "temporal_sparsity_mean" in place else None,
         ]
         for row in rows
     ]
-    names = [*(f"`{key}`" for key in axes), "runs", "accuracy", "integer model", "energy, µJ"]
+    names = [*(f"`{key}`" for key in axes), "runs", "accuracy", "integer model", "energy, µJ", "zero deltas"]
     shown = [index for index in range(len(names)) if any(line[index] is not None for line in lines)]
     parts = [f"### {content['name']}", content["about"]]
     protocols = dict.fromkeys((row["protocol"], row["split"], row["n"], row["protocol_hash"]) for row in good)

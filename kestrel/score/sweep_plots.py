@@ -39,6 +39,7 @@ class Setting:
     series: str  # its values on the other axes as text, "" where there are none
     accuracy: tuple[float, ...]  # 0-1, one of each repeat
     energies: tuple[float, ...] = ()  # uJ per decision
+    sparsities: tuple[float, ...] = ()  # shares of zero deltas, 0-1
 
     @property
     def mean(self) -> float:
@@ -54,6 +55,11 @@ class Setting:
     def energy(self) -> float | None:
         """Mean energy in uJ."""
         return statistics.fmean(self.energies) if self.energies else None
+
+    @property
+    def sparsity(self) -> float | None:
+        """Mean temporal sparsity, 0-1."""
+        return statistics.fmean(self.sparsities) if self.sparsities else None
 
 
 @dataclass(frozen=True)
@@ -328,6 +334,36 @@ def accuracy_energy(settings: Sequence[Setting], label: str, title: str, path: P
         axes.set_ylabel("accuracy, %")
         _plain(axes)
         axes.legend(frameon=False, loc="lower right", fontsize=9, title=f"numbers: {label}", title_fontsize=9)
+        _title(figure, title)
+        save(figure, path)
+
+
+def accuracy_sparsity(settings: Sequence[Setting], label: str, title: str, path: Path) -> None:
+    """Draw accuracy against temporal sparsity: mean and standard deviation of each setting, and the frontier."""
+    known = [setting for setting in settings if setting.sparsity is not None]
+    with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 10}):
+        figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+        axes = figure.subplots()
+        best = sorted(front([(-(setting.sparsity or 0.0), setting.mean) for setting in known]))
+        axes.plot(
+            [-100 * x for x, _ in best], [100 * y for _, y in best], "-", color=GREY, linewidth=5, alpha=0.3,
+            label="frontier", zorder=1,
+        )  # fmt: skip
+        for index, name in enumerate(_series(known)):
+            mine = [setting for setting in known if setting.series == name]
+            axes.errorbar(
+                [100 * (setting.sparsity or 0.0) for setting in mine],
+                [100 * setting.mean for setting in mine],
+                yerr=[100 * setting.sd for setting in mine],
+                fmt=MARKERS[index % len(MARKERS)], color=_colour(index), markersize=6, capsize=2.5, elinewidth=1, label=name or None, zorder=3,
+            )  # fmt: skip
+            for setting in mine:
+                spot = (100 * (setting.sparsity or 0.0), 100 * setting.mean)
+                axes.annotate(_name(setting.x), spot, (6, 4), textcoords="offset points", fontsize=9, color=GREY)
+        axes.set_xlabel("deltas that are 0, %")
+        axes.set_ylabel("accuracy, %")
+        _plain(axes)
+        axes.legend(frameon=False, loc="lower left", fontsize=9, title=f"numbers: {label}", title_fontsize=9)
         _title(figure, title)
         save(figure, path)
 
