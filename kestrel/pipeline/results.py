@@ -240,12 +240,19 @@ def _row(group: str, results: list[dict[str, Any]]) -> list[Any]:
         _one(results, "macs"),
         _mean_text([r["temporal_sparsity"] for r in results if r.get("temporal_sparsity") is not None], digits=1),
         _mean_text([r["weight_sparsity"] for r in results if r.get("weight_sparsity") is not None], digits=1),
-        _mean_text([r["accelerator"]["microseconds"]["mean"] for r in results if r.get("accelerator")], 1.0, ""),
+        _frame_time(results),
         _one(results, "weight_bytes"),
         _one(results, "peak_ram_bytes"),
         duration(sum(seconds) / len(seconds)) if seconds else None,
         ", ".join(commits) or None,
     ]
+
+
+def _frame_time(results: list[dict[str, Any]]) -> str | None:
+    """Mean time of a frame by the cycle model of an accelerator, and which."""
+    found = [result["accelerator"] for result in results if result.get("accelerator")]
+    mean = _mean_text([figures["microseconds"]["mean"] for figures in found], 1.0, "")
+    return mean and f"{mean} ({', '.join(dict.fromkeys(figures['machine'] for figures in found))})"
 
 
 def _commands(results: list[dict[str, Any]]) -> list[str]:

@@ -14,6 +14,7 @@ from sweep_kit import finish, sweep_folder, toy_sweep
 from kestrel.errors import KestrelError, UsageError
 from kestrel.pipeline.config import Options, resolve
 from kestrel.pipeline.gather import NUMBERS, PROVENANCE, gather
+from kestrel.pipeline.plan import _plan_sweep, parse
 from kestrel.pipeline.sweep import about, load_sweep
 from kestrel.settings import load_yaml
 from kestrel.store.atomic import read_json, write_json
@@ -245,6 +246,22 @@ def test_points_that_only_score_follow_their_training(tmp_path: Path) -> None:
         ("seed=0", None), ("seed=0,noise_eval=0.0", "seed=0"), ("seed=0,noise_eval=0.2", "seed=0"),
     ]  # fmt: skip
     assert sweep.x_axis == "model.noise_eval"
+
+
+def test_a_checkpoint_is_scored_at_each_point_and_nothing_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "best.pt").write_bytes(b"weights")
+    text = "options: {recipe: spartus, variant: delta}\ngrid:\n  seed: [0, 1]\nscore:\n  model.thh: [0.1, 0.2, 0.3]\n"
+    (tmp_path / "s.yaml").write_text(text)
+    arguments = ["--sweep", str(tmp_path / "s.yaml"), "--seed", "0", "--checkpoint", str(tmp_path / "best.pt")]
+    swept = _plan_sweep(ROOT, arguments, parse(arguments), 0, tmp_path)
+    assert [planned.run.config.tag for planned in swept.planned] == [f"seed=0,thh={value}" for value in (0.1, 0.2, 0.3)]
+    for planned in swept.planned:
+        assert planned.stages == ["score"]
+        assert planned.run.config.checkpoint == str(tmp_path / "best.pt")
+    assert "--checkpoint $CHECKPOINT" in swept.description["command"]
+    (tmp_path / "s.yaml").write_text("grid:\n  seed: [0, 1]\n")
+    with pytest.raises(UsageError, match="serves sweeps over score settings"):
+        _plan_sweep(ROOT, arguments, parse(arguments), 0, tmp_path)
 
 
 def test_a_sweep_of_a_recipe_belongs_to_it() -> None:

@@ -16,6 +16,7 @@ from kestrel.score.sweep_plots import (
     Strip,
     accuracy_against,
     accuracy_energy,
+    accuracy_sparsity,
     error_curves,
     front,
     pareto,
@@ -44,6 +45,21 @@ def test_accuracy_shows_every_series_and_the_published_row(tmp_path):
     assert has(pixels, "#0072B2") and has(pixels, "#D55E00") and min(pixels.shape[:2]) > 400
     accuracy_against(POINTS, "blocks", "toy", [], "", tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
+
+
+def test_sparsity_shows_every_series_and_the_frontier(monkeypatch, tmp_path):
+    found = [
+        Setting(x, s, (0.95 - 0.1 * x - shift,), (), (0.5 + x,))
+        for x in (0.1, 0.2, 0.4)
+        for s, shift in (("a", 0), ("b", 0.1))
+    ]
+    pixels = same_twice(tmp_path, lambda path: accuracy_sparsity(found, "threshold", "toy", path))
+    assert has(pixels, "#0072B2") and has(pixels, "#D55E00")
+    figures = []
+    monkeypatch.setattr(sweep_plots, "save", lambda figure, path: figures.append(figure))
+    accuracy_sparsity([*found, Setting(9, "a", (0.5,))], "threshold", "toy", tmp_path / "c.png")
+    (line,) = [line for line in figures[0].axes[0].get_lines() if line.get_label() == "frontier"]
+    assert sorted(line.get_xdata()) == pytest.approx([60, 70, 90])  # of series a, which has more right at each sparsity
 
 
 @pytest.mark.parametrize("published", [(0.05, 0.5, 0.97), (0.2, 0.3, 0.4)])
