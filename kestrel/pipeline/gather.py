@@ -288,16 +288,17 @@ def _pareto(root: Path, folder: Path, content: dict[str, Any]) -> list[Path]:
 
     Published networks of the recipe's published.yaml stand beside them, at 8 bits.
     """
-    found = []
+    found, figure = [], content.get("y", "accuracy")
+    needed = ("macs", "weight_bytes", figure)
     for values, rows in settings(content):
-        good = [row for row in rows if row["status"] == "ok" and row.get("macs") and row.get("weight_bytes")]
+        good = [row for row in rows if row["status"] == "ok" and all(row.get(key) is not None for key in needed)]
         if good:
             label = (
                 ", ".join(f"{key.split('.')[-1]} = {_level(value)}" for key, value in values.items())
                 or good[0]["point"]
             )
             macs, stored = (statistics.fmean(row[key] for row in good) for key in ("macs", "weight_bytes"))
-            found.append(sweep_plots.Network(label, macs, stored, tuple(row["accuracy"] for row in good)))
+            found.append(sweep_plots.Network(label, macs, stored, tuple(row[figure] for row in good)))
     if len({(each.macs, each.bytes) for each in found}) < 2:
         return []
     published = [

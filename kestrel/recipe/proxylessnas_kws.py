@@ -29,7 +29,7 @@ class ModelSpec(Family):
     net: str = setting(
         "", "network to train instead of a search: name in published.yaml, or an architecture file (.yaml)"
     )
-    blocks: str = setting("", "blocks of the network to train instead of a search, such as '7e2 3e1 Z'")
+    blocks: str = setting("", "its blocks, such as '7e2 3e1 Z', in place of model.net")
     kernels: list[int] = setting([3, 5, 7], "kernel sizes of the candidates, odd", min=1, max=15)
     expansions: list[int] = setting([1, 2, 3, 4, 5, 6], "expansions of the candidates", min=1, max=16)
     inherit: bool = setting(True, "the network that was found starts from the weights of the search")
@@ -54,8 +54,6 @@ class ModelSpec(Family):
 
 def architecture(model: ModelSpec) -> Architecture | None:
     """The network that the settings name; None where one is to be searched. Raises UsageError naming the setting."""
-    if model.net and model.blocks:
-        raise UsageError("model.net and model.blocks: give one of them")
     if model.blocks:
         made = Architecture(**family_of(model), blocks=parse_blocks(model.blocks))
         made.check("model")

@@ -139,6 +139,8 @@ class _Training:
         self.total = phase_steps(job.phase, self.per_epoch, job.section)
         self.rate = schedule(job.phase, self.total, job.section, self.per_epoch)
         self.search: Search | None = search_of(self.spotter, self.validation, job, self.total, ranks, log)
+        if self.search is not None:  # statistics of a batch need clips of all classes, files are often sorted by class
+            self.validation = self.search.mixed(self.validation)
         apart = {id(parameter) for parameter in self.search.parameters} if self.search is not None else set()
         self.parameters: list[Tensor] = [
             parameter for parameter in spotter.parameters() if parameter.requires_grad and id(parameter) not in apart

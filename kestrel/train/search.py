@@ -82,6 +82,11 @@ class Search:
         self.baseline: float | None = None  # of REINFORCE
         self.history: list[dict[str, Any]] = []
 
+    def mixed(self, validation: Split) -> Split:
+        """The validation clips in an order that mixes the classes, the same at every validation."""
+        split = Split(validation.source, batch_size=validation.batch_size, training=True, seed=self.job.seed)
+        return split.to(self.ranks.device)
+
     # ------------------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:

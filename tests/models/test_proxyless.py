@@ -179,7 +179,6 @@ def test_all_bits_train() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"net": "5", "blocks": "7e1"}, "model.net and model.blocks: give one of them"),
         ({"net": "6"}, "unknown value of model.net"),
         ({"kernels": [4]}, "model.kernels: 4 is even"),
         ({"stride_stages": [1, 2]}, "model.stride_stages: 1 stages"),

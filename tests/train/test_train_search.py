@@ -280,6 +280,14 @@ def test_files_and_budget_of_a_search(data: Path) -> None:
     assert derived.macs(SHAPE[0]) == int(rows[-1]["macs"])
 
 
+def test_validation_mixes_the_classes(data: Path) -> None:
+    """Files are often sorted by class, and a batch of one class has no statistics to normalise by."""
+    search = _search(data)
+    _, validation = make_splits(data, _job(data / "out"))
+    order = search.mixed(validation).order(0)
+    assert sorted(order) == list(range(40)) != list(order)
+
+
 def test_weights_alone_train_in_the_warm_up(data: Path) -> None:
     spotter = _spotter()
     alphas = [alpha.detach().clone() for alpha in spotter.net.alphas()]  # type: ignore[operator]
