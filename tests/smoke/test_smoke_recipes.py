@@ -19,6 +19,7 @@ from kestrel.train import loop
 
 TRAINING = {"train": 4, "validation": 2, "test": 2}  # speakers; 10 keywords each: at most 64 clips in each split
 HALF = "protocol.clip_samples=8000"  # half the steps of a recurrent network, whose ONNX graph is unrolled
+WHOLE_CLIPS = ("tinyspeech",)  # recipes whose variants are made for clips of a second
 # Through run.sh and with the C program: every recipe, and once features that were made elsewhere.
 WHOLE = [*((recipe, "base") for recipe in recipes.names(ROOT)), (recipes.names(ROOT)[0], "logmel")]
 JOINED = [("hello_edge_lstm", "8w8a-344-40-fixed+logmel-10"), ("proxylessnas_kws", "net-5+8w8a+logmel")]
@@ -56,21 +57,31 @@ def _wants_features(variant: str) -> bool:
     return "logmel" in variant
 
 
-def _features(checkout: Checkout, corpus: Path) -> Path:
-    found = list((checkout.root / "feat").glob(f"{corpus.name.replace(' ', '_')}/*/logmel40"))
+def _length(recipe: str) -> tuple[str, ...]:
+    return () if recipe in WHOLE_CLIPS else (HALF,)
+
+
+def _features(checkout: Checkout, corpus: Path, recipe: str) -> Path:
+    wanted = "protocol.name=whole-clips" if recipe in WHOLE_CLIPS else HALF
+    found = [
+        path
+        for path in (checkout.root / "feat").glob(f"{corpus.name.replace(' ', '_')}/*/logmel40")
+        if (path.parent.name == "whole-clips") == (recipe in WHOLE_CLIPS)
+    ]
     if not found:
-        make = ["--tag", "make-features", "--stop-stage", "2", *_sets("feature.frontend=logmel40", HALF)]
+        tag = "make-whole-features" if recipe in WHOLE_CLIPS else "make-features"
+        make = ["--tag", tag, "--stop-stage", "2", *_sets("feature.frontend=logmel40", wanted)]
         done = checkout.run("--corpus", str(corpus), *make)
         assert done.returncode == 0, done.stderr
-        return _features(checkout, corpus)
+        return _features(checkout, corpus, recipe)
     (folder,) = found
     return folder
 
 
-def _data(checkout: Checkout, corpus: Path, variant: str) -> list[str]:
+def _data(checkout: Checkout, corpus: Path, recipe: str, variant: str) -> list[str]:
     if _wants_features(variant):
-        return ["--feat-dir", str(_features(checkout, corpus))]
-    return ["--corpus", str(corpus), *_sets(HALF)]
+        return ["--feat-dir", str(_features(checkout, corpus, recipe))]
+    return ["--corpus", str(corpus), *_sets(*_length(recipe))]
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +108,7 @@ def test_recipe_runs_through_all_stages(checkout: Checkout, few_clips: Path, rec
     """Trains, scores and exports; the second start finds every stage up to date."""
     tag = f"smoke-{variant}"
     options = ["--recipe", recipe, "--variant", variant, "--tag", tag, *_short(checkout.root, recipe, variant)]
-    options += _data(checkout, few_clips, variant)
+    options += _data(checkout, few_clips, recipe, variant)
     first = checkout.run(*options, timeout=300)
     assert first.returncode == 0, first.stderr
     exp = checkout.root / "exp" / recipe / tag
@@ -130,7 +141,7 @@ def test_variant_trains_scores_and_exports(
     monkeypatch.setattr(loop, "draw_curves", lambda path, rows, title: path.write_text(title))
     torch.set_num_threads(1)
     root, tag = checkout.root, f"variant-{variant}"
-    data = _data(checkout, few_clips, variant)
+    data = _data(checkout, few_clips, recipe, variant)
     settings = [*_short(root, recipe, variant), *_sets("export.c=false", "export.vectors=0")]
     plan(["--recipe", recipe, "--variant", variant, "--tag", tag, *data, *settings], root, tmp_path / "plan", tmp_path)
     exp = root / "exp" / recipe / tag
