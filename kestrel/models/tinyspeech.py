@@ -156,6 +156,7 @@ class SeparableNet(_Image):
         condense: Sequence[int] = (),
         head: int = 0,
         causal: bool = False,
+        wide: int = 0,
     ) -> None:
         super().__init__(input_shape, make)
         if not kernels or any(kernel % 2 == 0 for kernel in kernels):
@@ -165,7 +166,7 @@ class SeparableNet(_Image):
         frames = (input_shape[0] - 1) // stride + 1
         blocks: list[nn.Module] = []
         for place, kernel in enumerate(kernels[1:], 1):
-            blocks.append(TimeChannel(width, width, kernel, make, skip=True, causal=causal))
+            blocks.append(TimeChannel(width, width, kernel, make, skip=True, causal=causal, wide=wide))
             if place in condense:
                 _check_pool("model.condense", (frames, 1), (2, 1))
                 blocks.append(Condenser(width, width, width // 2, None, (2, 1), make))

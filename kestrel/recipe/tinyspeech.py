@@ -36,6 +36,9 @@ class ModelSpec:
     condense: list[int] = setting([], "sep: blocks that an attention condenser over pairs of frames follows", min=1)
     head: int = setting(0, "sep: channels of a pointwise layer before the mean; 0 = none", min=0, max=1024)
     causal: bool = setting(False, "sep: kernels see the present frame and those before it")
+    wide: int = setting(
+        0, "sep: channels between two pointwise layers of each block; 0 = one such layer", min=0, max=512
+    )
     gate: Literal["hard", "sigmoid"] = setting("hard", "attention values: clip(x / 4 + 1 / 2, 0, 1), or the sigmoid")
     weights: str = setting("8bit", "grid of weights: 2bit..8bit, 2bitsym..8bitsym, ternary, binary, fp130, dorefa1..8")
     layer_weights: dict[str, str] = setting({}, "exceptions: layer name or pattern -> grid, or float")
@@ -88,6 +91,7 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Quant
             condense=model.condense,
             head=model.head,
             causal=model.causal,
+            wide=model.wide,
         )
     return TinySpeech(
         input_shape,
