@@ -76,16 +76,16 @@ def mcu_form(work: Work, folder: Path) -> Part | None:
         return None
     front_end = ShiftAddFeatures(spec)
     samples = int(work.data.protocol.get("clip_samples") or spec.sample_rate)
-    first = next((i for i, name in enumerate(work.data.classes) if name not in NO_KEYWORDS), 0)
+    keywords = sum(1 << place for place, name in enumerate(work.data.classes) if name not in NO_KEYWORDS)
     try:
         narrow = narrow_form(work.graph)
         model = _fitted(narrow, front_end, samples, work)
     except KestrelError as error:
         return Part(TITLE, f"Left out: {error}.", missing=(f"Microcontroller program: {error}.",))
-    with McuBuild(model, front_end.tables, samples, first) as program:
+    with McuBuild(model, front_end.tables, samples, keywords) as program:
         proof = _prove(work, program, narrow, front_end)
         stack = proof.chip.stack if proof.chip else 184
-    write_mcu(model, front_end.tables, first, stack, folder / FOLDER)
+    write_mcu(model, front_end.tables, keywords, stack, folder / FOLDER)
     return Part(
         TITLE,
         _text(proof),

@@ -88,8 +88,8 @@ class Ran:
     instructions: Mapping[str, int]
 
 
-def write_mcu(model: StreamModel, tables: ShiftAddTables, first_keyword: int, stack: int, folder: Path) -> None:
-    """Write every file into `folder`. `first_keyword`: the first class that lights the LED. `stack`: bytes to reserve.
+def write_mcu(model: StreamModel, tables: ShiftAddTables, keywords: int, stack: int, folder: Path) -> None:
+    """Write every file into `folder`. `keywords`: a bit for each class that lights the LED. `stack`: bytes to reserve.
 
     Raises KestrelError where the runtime is missing.
     """
@@ -103,7 +103,7 @@ def write_mcu(model: StreamModel, tables: ShiftAddTables, first_keyword: int, st
             made[name] = source.read_text(encoding="utf-8")
     made["Makefile"] = (
         made["Makefile"]
-        .replace("DEFINES =\n", f"DEFINES = -DSPOTTER_FIRST_KEYWORD={first_keyword}\n")
+        .replace("DEFINES =\n", f"DEFINES = -DSPOTTER_KEYWORDS={keywords:#x}u\n")
         .replace("STACK = 184\n", f"STACK = {stack}\n")
     )
     for name, text in made.items():
@@ -123,12 +123,12 @@ def have_emulator() -> bool:
 class McuBuild:
     """The program in a temporary folder."""
 
-    def __init__(self, model: StreamModel, tables: ShiftAddTables, clip_samples: int, first_keyword: int = 0) -> None:
-        self.model, self.clip_samples, self.first_keyword = model, clip_samples, first_keyword
+    def __init__(self, model: StreamModel, tables: ShiftAddTables, clip_samples: int, keywords: int = 0) -> None:
+        self.model, self.clip_samples, self.keywords = model, clip_samples, keywords
         self.classes = model.program.streams[model.program.logits].size
         self._folder = tempfile.TemporaryDirectory()
         self.path = Path(self._folder.name)
-        write_mcu(model, tables, first_keyword, 0, self.path)
+        write_mcu(model, tables, keywords, 0, self.path)
 
     def __enter__(self) -> McuBuild:
         return self
@@ -197,7 +197,7 @@ class McuBuild:
         """
         np.ascontiguousarray(samples, "<i2").tofile(self.path / "clips.bin")
         (self.path / "logits.bin").unlink(missing_ok=True)
-        defines = f"-DSPOTTER_FIRST_KEYWORD={self.first_keyword} -DCLIP_SAMPLES={self.clip_samples}"
+        defines = f"-DSPOTTER_KEYWORDS={self.keywords:#x}u -DCLIP_SAMPLES={self.clip_samples}"
         stack = -(-self.stack() // 4) * 4
         for name in ("main.o", "emulator.o", "emulator.elf"):  # other definitions
             (self.path / name).unlink(missing_ok=True)
@@ -219,7 +219,7 @@ class McuBuild:
         """
         np.ascontiguousarray(samples, "<i2").tofile(self.path / "clips.bin")
         (self.path / "spike.o").unlink(missing_ok=True)
-        defines = f"-DSPOTTER_FIRST_KEYWORD={self.first_keyword} -DCLIP_SAMPLES={self.clip_samples}"
+        defines = f"-DSPOTTER_KEYWORDS={self.keywords:#x}u -DCLIP_SAMPLES={self.clip_samples}"
         self._make("spike.elf", "-B", f"DEFINES={defines}", f"STACK={-(-self.stack() // 4) * 4}")
         command = [spike, "--isa=rv32ec_zicsr", "-m0x80000000:0x4200000", "spike.elf"]
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False, timeout=TIMEOUT)

@@ -163,6 +163,11 @@ def results_text(root: Path, recipe: str) -> str:
         "*Integer model* is the accuracy of the integer arithmetic that is exported, without noise. *Bytes* are the weights "
         f"as stored. A commit with {_DIRTY} had uncommitted changes.",
     ]
+    if any("narrow_accuracy" in item.result for item in kept):
+        parts.append(
+            "*Without multiplier* is the accuracy of the integers that a microcontroller of 2 KB RAM computes "
+            "(docs/microcontroller.md), from sound where the features are those of its own front end."
+        )
     if not kept and not sweeps:
         parts.append("No result is kept yet.")
     for protocol in dict.fromkeys(item.group[:3] for item in kept):
@@ -188,8 +193,9 @@ def _protocol(protocol: tuple[str, ...], kept: list[Kept]) -> list[str]:
         groups.setdefault(item.group[3], []).append(item.result)
     rows = [_row(group, sorted(results, key=lambda r: int(r["seed"]))) for group, results in sorted(groups.items())]
     header = (
-        "variant", "seeds", "clips", "noise", "accuracy", "95 % interval", "integer model", "energy, µJ", "parameters",
-        "multiply-adds", "zero deltas", "zero weights", "µs a frame (model)", "bytes", "RAM, bytes", "training", "commit",
+        "variant", "seeds", "clips", "noise", "accuracy", "95 % interval", "integer model", "without multiplier",
+        "energy, µJ", "parameters", "multiply-adds", "zero deltas", "zero weights", "µs a frame (model)", "bytes",
+        "RAM, bytes", "training", "commit",
     )  # fmt: skip
     shown = [index for index in range(len(header)) if any(row[index] is not None for row in rows)]
     lines = [table([header[index] for index in shown], [[row[index] for index in shown] for row in rows])]
@@ -235,6 +241,7 @@ def _row(group: str, results: list[dict[str, Any]]) -> list[Any]:
         _mean_text(right),
         f"{100 * low:.2f} to {100 * high:.2f}",
         _mean_text([result["integer_accuracy"] for result in results if "integer_accuracy" in result]),
+        _mean_text([result["narrow_accuracy"] for result in results if "narrow_accuracy" in result]),
         _mean_text([r["energy_uj"] for r in results if r.get("energy_uj") is not None], 1.0, "", 3),
         _one(results, "parameters"),
         _one(results, "macs"),

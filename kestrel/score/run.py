@@ -18,6 +18,7 @@ from kestrel.hw.markdown import summary as hardware_summary
 from kestrel.hw.network import hardware
 from kestrel.lower.answers import Answers, answers, float64_answers, lowered, predict_decoded
 from kestrel.lower.graph import IntegerGraph
+from kestrel.lower.mcu import narrow_figures
 from kestrel.lower.memory import plan_memory
 from kestrel.lower.sound import SoundAnswers, sound_answers
 from kestrel.lower.spotter import made_in_fixed_point
@@ -143,6 +144,7 @@ def score(
         "peak_ram_bytes": _peak_ram(graph),
         **({"integer_obstacle": obstacle} if integer is None else integer.figures()),
         **({"fixed_frontend_obstacle": silence} if sound is None else sound.figures()),
+        **narrow_figures(graph, data),
         **({"energy_obstacle": no_figures} if figures is None else figures.record()),
         **({} if saved is None else saved.record()),
         **({} if noise is None else {"snr": noise.record()}),

@@ -198,7 +198,7 @@ def test_files_are_the_same_bytes(tmp_path: Path) -> None:
         write_mcu(made(channels=8, wide=8, blocks=1)[0], FRONT_END.tables, 2, 200, tmp_path / name)
         texts.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert texts[0] == texts[1]
-    assert b"STACK = 200" in texts[0]["Makefile"] and b"-DSPOTTER_FIRST_KEYWORD=2" in texts[0]["Makefile"]
+    assert b"STACK = 200" in texts[0]["Makefile"] and b"-DSPOTTER_KEYWORDS=0x2u" in texts[0]["Makefile"]
 
 
 def test_load_is_a_share_of_the_clock() -> None:
@@ -225,7 +225,7 @@ def _work(folder: Path, **settings: int) -> Work:
     """A causal separable network with a condenser, untrained but for its ranges, and twelve clips of sound."""
     sound = np.concatenate([clips()[-8:], clips()[4:8]])
     protocol = {"name": "toy", "hash": "ab" * 32, "clip_samples": SAMPLES, "sample_rate": SAMPLES}
-    names = ["silence", "unknown", "yes", "no"]
+    names = ["yes", "no", "unknown", "silence"]
     rows = [str(row) for row in range(len(sound))]
     with AudioWriter(
         folder / "audio.h5", labels=[row % 4 for row in range(12)], utt_ids=rows, speakers=rows, clip_samples=SAMPLES,
@@ -274,6 +274,7 @@ def test_export_writes_and_proves_the_program(tmp_path: Path) -> None:
     assert {f"mcu/{name}" for name in FILES} == set(part.files)
     assert {path.name for path in (tmp_path / "export" / "mcu").iterdir()} == set(FILES)
     assert "of 16,384 bytes of flash" in part.facts["CH32V003"] and "Load at 48 MHz" in part.text
+    assert "-DSPOTTER_KEYWORDS=0x3u" in (tmp_path / "export" / "mcu" / "Makefile").read_text()
     again = mcu_form(work, tmp_path / "again")
     assert again is not None
     for name in FILES:

@@ -122,7 +122,7 @@ void spotter_sink(const int32_t *logits, int answer)
     static const char names[KESTREL_STREAM_LOGITS][9] = KESTREL_STREAM_CLASS_NAMES;
     const char *letter = answer < 0 ? "-" : names[answer];
     (void)logits;
-    GPIOD_BSHR = answer >= SPOTTER_FIRST_KEYWORD ? 1u << LED : 1u << (LED + 16);
+    GPIOD_BSHR = answer >= 0 && (SPOTTER_KEYWORDS >> answer & 1) ? 1u << LED : 1u << (LED + 16);
     for (;; letter++) {
         while (!(USART_STATR & 1u << 7)) {
         }
