@@ -71,9 +71,10 @@ def mcu_form(work: Work, folder: Path) -> Part | None:
 
     Raises KestrelError where an answer differs from the narrow integer model in Python, or the image does not fit the chip.
     """
-    spec = build(FrontendSpec, dict(work.data.frontend)) if work.data.frontend else FrontendSpec()
-    if spec.arithmetic != "shift-add" or work.graph is None:
+    settings = dict(work.data.frontend or {})  # of features made elsewhere it may hold anything
+    if settings.get("arithmetic") != "shift-add" or work.graph is None:
         return None
+    spec = build(FrontendSpec, settings)
     front_end = ShiftAddFeatures(spec)
     samples = int(work.data.protocol.get("clip_samples") or spec.sample_rate)
     keywords = sum(1 << place for place, name in enumerate(work.data.classes) if name not in NO_KEYWORDS)

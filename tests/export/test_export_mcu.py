@@ -292,3 +292,9 @@ def test_other_networks_have_no_such_program(tmp_path: Path) -> None:
     assert mcu_form(dataclasses.replace(work, graph=None), tmp_path) is None
     other = SimpleNamespace(frontend={"name": "float"}, classes=work.data.classes, protocol={})
     assert mcu_form(dataclasses.replace(work, data=other), tmp_path) is None
+
+
+def test_features_made_elsewhere_may_name_any_front_end() -> None:
+    data = SimpleNamespace(frontend={"name": "theirs", "hop_ms": 10})
+    assert mcu_form(SimpleNamespace(data=data, graph=None), Path("unused")) is None  # type: ignore[arg-type]
+    assert mcu_form(SimpleNamespace(data=data, graph=object()), Path("unused")) is None  # type: ignore[arg-type]
