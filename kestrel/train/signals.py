@@ -66,7 +66,8 @@ def ignore_stop_signals() -> None:
 def held_stop_signals() -> Iterator[None]:
     """Hold stop signals back while processes are started, so that none meets a child that does not ignore them yet.
 
-    The children inherit the mask and keep it; in this process a held signal arrives at the end of the block.
+    The children inherit the mask and keep it; in this process a held signal arrives at the end of the block, or at once
+    where another thread takes it.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

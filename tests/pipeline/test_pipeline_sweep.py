@@ -268,10 +268,12 @@ def test_a_sweep_of_a_recipe_belongs_to_it() -> None:
     for path in sorted((ROOT / "recipes").glob("*/sweeps/*.yaml")):
         sweep = load_sweep(path)
         assert sweep.options["recipe"] == path.parent.parent.name
-        assert len(about(path)) > 40 and sweep.axes["seed"] == [0, 1, 2]
+        assert len(about(path)) > 40
+        # three seeds, unless all points go on from one trained checkpoint
+        assert sweep.axes.get("seed") == [0, 1, 2] or "retrain.start=" in path.read_text()
         for point in sweep.points():  # every point is a valid configuration, and published rows lie on its axis
             options = Options(**{**point.options, "corpus": "gsc_v2", "set": [*point.set, *point.grid]})
-            assert resolve(ROOT, options, ROOT).seed == point.options["seed"]
+            assert resolve(ROOT, options, ROOT).seed == point.options.get("seed", 0)
         for line in sweep.reference.lines if sweep.reference else []:
             assert set(line.x) <= set(sweep.axes[sweep.x_axis]) and set(line.where) <= set(sweep.axes)
 

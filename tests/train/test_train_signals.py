@@ -52,7 +52,7 @@ def test_off_the_main_thread_the_flag_can_be_set() -> None:
 def test_held_signals_arrive_at_the_end_and_not_in_children() -> None:
     with StopFlag() as flag:
         with held_stop_signals():
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
             assert not flag
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.4)"])
             child.terminate()
