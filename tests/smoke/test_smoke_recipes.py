@@ -23,7 +23,13 @@ WHOLE_CLIPS = ("tinyspeech",)  # recipes whose variants are made for clips of a 
 # Through run.sh and with the C program: every recipe, and once features that were made elsewhere.
 WHOLE = [*((recipe, "base") for recipe in recipes.names(ROOT)), (recipes.names(ROOT)[0], "logmel")]
 JOINED = [("hello_edge_lstm", "8w8a-344-40-fixed+logmel-10"), ("proxylessnas_kws", "net-5+8w8a+logmel")]
-VARIANTS = [(recipe, variant) for recipe in recipes.names(ROOT) for variant in variants(ROOT, recipe)] + JOINED
+# Deltas that fit only a network of another variant.
+PARENTS = {("tinyspeech", "logmel-chip"): "mcu+", ("tinyspeech", "logmel-fine"): "sep16+"}
+VARIANTS = [
+    (recipe, PARENTS.get((recipe, variant), "") + variant)
+    for recipe in recipes.names(ROOT)
+    for variant in variants(ROOT, recipe)
+] + JOINED
 REST = [which for which in VARIANTS if which not in WHOLE]
 # Settings that make a recipe or variant small enough, where a short training alone does not.
 SMALL = {
@@ -62,19 +68,12 @@ def _length(recipe: str) -> tuple[str, ...]:
 
 
 def _features(checkout: Checkout, corpus: Path, recipe: str) -> Path:
-    wanted = "protocol.name=whole-clips" if recipe in WHOLE_CLIPS else HALF
-    found = [
-        path
-        for path in (checkout.root / "feat").glob(f"{corpus.name.replace(' ', '_')}/*/logmel40")
-        if (path.parent.name == "whole-clips") == (recipe in WHOLE_CLIPS)
-    ]
-    if not found:
-        tag = "make-whole-features" if recipe in WHOLE_CLIPS else "make-features"
-        make = ["--tag", tag, "--stop-stage", "2", *_sets("feature.frontend=logmel40", wanted)]
-        done = checkout.run("--corpus", str(corpus), *make)
+    name = "whole-clips" if recipe in WHOLE_CLIPS else "half-clips"
+    folder = checkout.root / "feat" / corpus.name.replace(" ", "_") / name / "logmel40"
+    if not (folder / "test.h5").exists():
+        sets = _sets("feature.frontend=logmel40", f"protocol.name={name}", *_length(recipe))
+        done = checkout.run("--corpus", str(corpus), "--tag", f"make-{name}", "--stop-stage", "2", *sets)
         assert done.returncode == 0, done.stderr
-        return _features(checkout, corpus, recipe)
-    (folder,) = found
     return folder
 
 
