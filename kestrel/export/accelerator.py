@@ -63,7 +63,21 @@ def accelerator_form(work: Work, folder: Path) -> Part:
     write_json(target / "memory.json", {"layers": sections, "scales": "codes.npz, <group>.scale"})
     files["memory.json"] = "shapes, bits and bytes of the images"
     named = {f"{FOLDER}/{name}": text for name, text in files.items()}
-    return Part(TITLE, _text(sections, layers, pruned), named, figures={"accelerator_memory": sections})
+    figures: dict[str, Any] = {"accelerator_memory": sections}
+    facts = {}
+    if pruned:
+        dense = (folder / "weights.bin").stat().st_size
+        figures["packed_bytes"] = _packed_bytes(dense, layers, sections)
+        facts["bytes of all weights"] = (
+            f"{figures['packed_bytes']:,} with pruned layers as CBCSC, {dense:,} as dense codes"
+        )
+    return Part(TITLE, _text(sections, layers, pruned), named, figures=figures, facts=facts)
+
+
+def _packed_bytes(dense: int, layers: Sequence[_Layer], sections: Sequence[dict[str, Any]]) -> int:
+    """Bytes of weights.bin, with the CBCSC images in place of the codes of the matrices that they hold."""
+    replaced = sum(len(part.packed()) for layer in layers for part in (layer.w_x, layer.w_h))
+    return dense - replaced + sum(section["bytes"] for section in sections if section["layout"] == "cbcsc")
 
 
 def _layers(net: DeltaNetwork, bits: int) -> list[_Layer]:

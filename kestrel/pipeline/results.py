@@ -105,9 +105,24 @@ def keep(root: Path, folder: Path) -> Path:
             )
         path = results_folder(root, recipe) / kept_name(result)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, score.read_text(encoding="utf-8"))
+        packed = _packed_bytes(folder, result)
+        if packed is None:
+            write_text(path, score.read_text(encoding="utf-8"))
+        else:
+            write_json(path, {**result, "packed_bytes": packed})
     write_results(root, recipe)
     return path
+
+
+def _packed_bytes(folder: Path, result: dict[str, Any]) -> int | None:
+    """Bytes of pruned weights in packed form, from the files of the run's export; None where it has none of these weights."""
+    export = folder / "export"
+    if not (export / ".done.json").exists():
+        return None
+    exported = read_json(export / "export.json")
+    if exported.get("checkpoint_sha256") != result.get("checkpoint_sha256"):
+        return None
+    return exported.get("packed_bytes")
 
 
 def write_results(root: Path, recipe: str) -> Path:
@@ -168,6 +183,11 @@ def results_text(root: Path, recipe: str) -> str:
             "*Without multiplier* is the accuracy of the integers that a microcontroller of 2 KB RAM computes "
             "(docs/microcontroller.md), from sound where the features are those of its own front end."
         )
+    if any("packed_bytes" in item.result for item in kept):
+        parts.append(
+            "*Packed* are all weights again, with pruned layers as values and indices without zeros (CBCSC), as measured from "
+            "the files of an export."
+        )
     if not kept and not sweeps:
         parts.append("No result is kept yet.")
     for protocol in dict.fromkeys(item.group[:3] for item in kept):
@@ -195,7 +215,7 @@ def _protocol(protocol: tuple[str, ...], kept: list[Kept]) -> list[str]:
     header = (
         "variant", "seeds", "clips", "noise", "accuracy", "95 % interval", "integer model", "without multiplier",
         "energy, µJ", "parameters", "multiply-adds", "zero deltas", "zero weights", "µs a frame (model)", "bytes",
-        "RAM, bytes", "training", "commit",
+        "packed, bytes", "RAM, bytes", "training", "commit",
     )  # fmt: skip
     shown = [index for index in range(len(header)) if any(row[index] is not None for row in rows)]
     lines = [table([header[index] for index in shown], [[row[index] for index in shown] for row in rows])]
@@ -249,6 +269,7 @@ def _row(group: str, results: list[dict[str, Any]]) -> list[Any]:
         _mean_text([r["weight_sparsity"] for r in results if r.get("weight_sparsity") is not None], digits=1),
         _frame_time(results),
         _one(results, "weight_bytes"),
+        _one(results, "packed_bytes"),
         _one(results, "peak_ram_bytes"),
         duration(sum(seconds) / len(seconds)) if seconds else None,
         ", ".join(commits) or None,

@@ -65,7 +65,14 @@ def test_images_of_a_pruned_network(kind: str, tmp_path: Path) -> None:
         expected = np.concatenate([codes[f"rnn.weight_{part}_l{index}.codes"] for part in ("ih", "hh")], axis=1)
         np.testing.assert_array_equal(decode(packed), expected)
         assert section["bytes"] < 0.4 * section["dense_bytes"]
+    kept = [place for place in summary["weight_sections"] if ".weight_" not in place["name"]]  # class layer and biases
+    scales = sum(place["scale_bytes"] for place in summary["weight_sections"])
+    images = sum(path.stat().st_size for path in (folder / "memory").glob("*.cbcsc.bin"))
+    assert summary["packed_bytes"] == images + scales + sum(place["code_bytes"] for place in kept)
     card = (folder / "card.md").read_text()
+    assert (
+        f"{summary['packed_bytes']:,} with pruned layers as CBCSC, {summary['weight_bytes']:,} as dense codes" in card
+    )
     assert "## Accelerator memory" in card and "memory/rnn_l0.cbcsc.bin" in card
     assert json.loads((folder / "memory" / "memory.json").read_text())["layers"] == summary["accelerator_memory"]
 
@@ -73,6 +80,7 @@ def test_images_of_a_pruned_network(kind: str, tmp_path: Path) -> None:
 def test_images_of_a_dense_network_in_fixed_point(tmp_path: Path) -> None:
     folder, summary, _ = exported(tmp_path, **FIXED)
     (section,) = summary["accelerator_memory"]
+    assert "packed_bytes" not in summary
     assert section["layout"] == "edgedrnn" and section["columns"] == 1 + 8 + 16  # bias, 6 inputs and 2 zeros, states
     memory = folder / "memory"
     stream = read_hex_image((memory / "edgedrnn.hex").read_text(), 8)

@@ -82,6 +82,26 @@ def test_names_of_kept_results(root: Path) -> None:
         assert kept_name(read_json(path)) == path.name
 
 
+def test_packed_bytes_come_from_the_export_of_the_same_checkpoint(root: Path) -> None:
+    assert "packed" not in page_of(root, None).lower()
+    assert "packed" not in page_of(root, "another").lower()
+    text = page_of(root, "ab")
+    header, row = (line for line in text.splitlines() if line.startswith(("| variant", "| `base`")))
+    cells = dict(zip(header.split("|"), row.split("|"), strict=True))
+    assert cells[" packed, bytes "] == " 48,712 " and cells[" bytes "] != " 48,712 "
+    assert "*Packed* are all weights again" in text
+
+
+def page_of(root: Path, exported: str | None) -> str:
+    """The page with one result of checkpoint `ab`, and an export of the checkpoint `exported`."""
+    exp = root / "exp" / "iscas21_lstm" / "base-toy-12-seed0"
+    if exported is not None:
+        write_json(exp / "export" / "export.json", {"checkpoint_sha256": exported, "packed_bytes": 48712})
+        write_json(exp / "export" / ".done.json", {})
+    kept(root, 0, 0.88, checkpoint_sha256="ab")
+    return page(root)
+
+
 def test_uncommitted_changes_are_said_and_shown(
     root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
