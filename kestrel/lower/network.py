@@ -57,7 +57,7 @@ _UNSQUEEZE = (torch.unsqueeze, "unsqueeze")
 _TRANSPOSE = (torch.transpose, "transpose")
 
 
-_LEAVES = (LowBit, QuantActivation, HardGate, Strength, Attend, FramesAsColumns, nn.BatchNorm2d)
+_LEAVES = (LowBit, QuantActivation, HardGate, Strength, Attend, FramesAsColumns, nn.BatchNorm2d, nn.MaxPool2d)
 
 
 class _Tracer(fx.Tracer):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kestrel.errors import UsageError
 from kestrel.models.quant_net import LowBitPlan, QuantNet
+from kestrel.nn.channel_major import BatchLast, MaxPool2d
 from kestrel.nn.condenser import Condenser, Making, Unit
 from kestrel.nn.low_bit import QuantConv2d, QuantLinear
 from kestrel.nn.sequence import FramesAsColumns, TimeChannel
@@ -88,6 +89,7 @@ class TinySpeech(_Image):
         super().__init__(input_shape, make)
         channels = plan.first
         self.first = Unit(1, channels, (3, 3), make, first_stride, act=make.act(), padding=first_padding)
+        self.laid = BatchLast()
         sides = zip(input_shape, first_padding, first_stride, strict=True)
         size = tuple((have + 2 * more - 3) // step + 1 for have, more, step in sides)
         count = qp_blocks or len(plan.blocks)
@@ -100,7 +102,7 @@ class TinySpeech(_Image):
             else:
                 blocks.append(Condenser(channels, mid0, out0, mid1, pool, make))
         self.blocks = nn.Sequential(*blocks)
-        self.pool = nn.MaxPool2d(head_pool) if head_pool != (1, 1) else nn.Identity()
+        self.pool = MaxPool2d(head_pool) if head_pool != (1, 1) else nn.Identity()
         left = tuple(have // step + 2 * more for have, step, more in zip(size, head_pool, last_padding, strict=True))
         if min(left) < 3:
             raise UsageError(f"model.head_pool: {left[0]} x {left[1]} are left for kernels of 3 x 3: pool less")
@@ -110,7 +112,7 @@ class TinySpeech(_Image):
 
     def scores(self, x: Tensor) -> Tensor:
         """[B, T, F] -> [B, C]."""
-        v = self.first(self.features(x).unsqueeze(1))  # [B, first, T, F]
+        v = self.laid(self.first(self.features(x).unsqueeze(1)))  # [B, first, T, F]
         return self._scores_of(self.last(self.pool(self.blocks(v))))
 
 

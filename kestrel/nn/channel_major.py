@@ -3,10 +3,14 @@
 On a CPU this is the best layout for small maps: a 1x1 convolution is one matrix product, batch normalisation works on
 rows, and a depthwise convolution is one batch of matrix products (kestrel.nn.depthwise). Element-wise functions keep
 it. Every function here takes any layout; results equal those of PyTorch's own modules to rounding.
+
+Where a network pools and un-pools maps of a few places, the order C, H, W, B ("batch last") is better still: every place
+is then one row of numbers over the clips, and windows of two or three places cost no more than large ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +27,16 @@ def is_channel_major(x: Tensor) -> bool:
     return x.transpose(0, 1).is_contiguous()
 
 
+def is_batch_last(x: Tensor) -> bool:
+    """Whether the elements of [B, C, H, W] lie in the order C, H, W, B."""
+    return x.permute(1, 2, 3, 0).is_contiguous()
+
+
+def batch_last(x: Tensor) -> Tensor:
+    """[B, C, H, W] with its elements in the order C, H, W, B."""
+    return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
 def channel_rows(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [C, B, H W], a view where `x` is channel-major."""
     return x.transpose(0, 1).reshape(x.shape[1], x.shape[0], -1)
@@ -34,19 +48,57 @@ def from_rows(rows: Tensor, height: int, width: int) -> Tensor:
 
 
 def fast_layouts(x: Tensor) -> bool:
-    """Whether layouts matter here: on the CPU, unless a trace is recorded, which must see ordinary operators."""
-    return x.device.type == "cpu" and not plain_ops()
+    """Whether layouts matter here: on the CPU, unless a trace is recorded (of torch.fx, too), which must see ordinary operators."""
+    return isinstance(x, Tensor) and x.device.type == "cpu" and not plain_ops()
 
 
 def pointwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """1x1 convolution of stride 1 without bias: [B, C, H, W] and [K, C, 1, 1] -> [B, K, H, W], channel-major."""
+    """1x1 convolution of stride 1 without bias: [B, C, H, W] and [K, C, 1, 1] -> [B, K, H, W], channel-major or batch last."""
+    if is_batch_last(x):
+        places = x.permute(1, 2, 3, 0)  # [C, H, W, B]
+        return (weight.flatten(1) @ places.flatten(1)).view(-1, *places.shape[1:]).permute(3, 0, 1, 2)
     rows = channel_rows(x)
     made = weight.flatten(1) @ rows.flatten(1)  # [K, B H W]
     return from_rows(made.view(-1, *rows.shape[1:]), x.shape[2], x.shape[3])
 
 
+def joined_channels(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat(parts, 1) of images [B, C, H, W] that keeps them batch last."""
+    if fast_layouts(parts[0]) and all(map(is_batch_last, parts)):
+        return torch.cat([part.permute(1, 2, 3, 0) for part in parts]).permute(3, 0, 1, 2)
+    return torch.cat(list(parts), 1)
+
+
+class BatchLast(nn.Identity):
+    """Images as they are, batch last in memory where layouts matter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same."""
+        return batch_last(x) if fast_layouts(x) else x
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d of windows that touch and do not overlap; where images are batch last, a maximum of whole rows.
+
+    Where several places of a window are the largest, rows share the gradient, while PyTorch gives it to the first.
+    """
+
+    def __init__(self, window: Pair) -> None:
+        super().__init__(window)
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H / h, W / w], rounded down."""
+        if not (fast_layouts(x) and is_batch_last(x)):
+            return super().forward(x)
+        height, width = x.shape[2] // self.window[0], x.shape[3] // self.window[1]
+        cut = x[:, :, : height * self.window[0], : width * self.window[1]].permute(1, 2, 3, 0)
+        cut = cut.unflatten(2, (width, self.window[1])).unflatten(1, (height, self.window[0]))
+        return cut.amax((2, 4)).permute(3, 0, 1, 2)
+
+
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that works on channel-major images without copying them."""
+    """nn.BatchNorm2d that works on channel-major and batch-last images without copying them."""
 
     def __init__(
         self,
@@ -62,10 +114,10 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]; with `statistics` "batch" those of the batch, and nothing is noted."""
         if self.statistics == "batch":
-            if fast_layouts(x) and is_channel_major(x):
+            if fast_layouts(x) and (is_channel_major(x) or is_batch_last(x)):
                 return self._by_rows(x, self._of_batch)
             return self._of_batch(x)
-        if fast_layouts(x) and is_channel_major(x) and x.shape[0] > 1:
+        if fast_layouts(x) and (is_channel_major(x) or is_batch_last(x)) and x.shape[0] > 1:
             return self._by_rows(x, super().forward)
         return super().forward(x)
 
@@ -75,6 +127,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     @staticmethod
     def _by_rows(x: Tensor, apply) -> Tensor:  # type: ignore[no-untyped-def]
         batch, channels, height, width = x.shape
+        if not is_channel_major(x):  # batch last: an image as wide as the batch
+            image = x.permute(1, 2, 3, 0).view(1, channels, height * width, batch)
+            return apply(image).view(channels, height, width, batch).permute(3, 0, 1, 2)
         image = x.transpose(0, 1).view(1, channels, batch * height, width)  # one tall image
         return apply(image).view(channels, batch, height, width).transpose(0, 1)
 

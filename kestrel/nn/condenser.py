@@ -10,12 +10,12 @@ left to the product. With the hard gate, 1 + S A is a gain, an offset and two li
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kestrel.nn.channel_major import BatchNorm2d, Pair
+from kestrel.nn.channel_major import BatchNorm2d, MaxPool2d, Pair, joined_channels
 from kestrel.nn.low_bit import QuantActivation, QuantConv2d, Ranges
 
 GateName = Literal["hard", "sigmoid"]
@@ -118,7 +118,7 @@ class Multiplied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, times C, H, W]."""
-        return self.unit(torch.cat([x] * self.times, 1))
+        return self.unit(joined_channels([x] * self.times))
 
 
 class Condenser(nn.Module):
@@ -132,7 +132,7 @@ class Condenser(nn.Module):
     def __init__(self, channels: int, mid0: int, out0: int, mid1: int | None, pool: Pair, make: Making) -> None:
         super().__init__()
         one = (1, 1)
-        self.condense = nn.MaxPool2d(pool)
+        self.condense = MaxPool2d(pool)
         if mid1 is None:
             self.embed = nn.Sequential(
                 Unit(channels, mid0, one, make, act=make.act()), Unit(mid0, out0, one, make, act=make.act())
@@ -147,7 +147,7 @@ class Condenser(nn.Module):
         self.gate = HardGate() if make.gate == "hard" else table
         self.strength = Strength()
         self.factor_act = make.act("none", signed=False)
-        self.attend = Attend(cast(Pair, self.condense.kernel_size))
+        self.attend = Attend(pool)
         self.act = make.act("none", signed=False)  # V and its factors are not negative
 
     def forward(self, v: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from kestrel.nn.channel_major import (
     channels_last,
     fast_layouts,
     from_rows,
+    is_batch_last,
     is_channel_major,
     pointwise_conv2d,
 )
@@ -118,6 +119,10 @@ def unfolded_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> T
     return from_rows((weight.flatten(1) @ columns).view(len(weight), x.shape[0], -1), height, width)
 
 
+def _in_rows(x: Tensor) -> bool:
+    return is_channel_major(x) or is_batch_last(x)
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -131,7 +136,7 @@ def conv2d(
         return functional.conv2d(x, weight, bias, stride, padding, 1, groups)
     if groups == len(weight) == x.shape[1] > 1:
         made = depthwise_conv2d(x, weight, stride, padding)
-    elif groups == 1 and weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and is_channel_major(x):
+    elif groups == 1 and weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and _in_rows(x):
         made = pointwise_conv2d(x, weight)
     else:
         x, weight = channels_last(x), channels_last(weight)

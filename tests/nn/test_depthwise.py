@@ -8,12 +8,13 @@ from torch import nn
 from torch.nn import functional
 
 from kestrel.nn import channel_major, depthwise
-from kestrel.nn.channel_major import BatchNorm2d, hold_statistics, is_channel_major
+from kestrel.nn.channel_major import BatchNorm2d, MaxPool2d, hold_statistics, is_batch_last, is_channel_major
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": channel_major.channels_last,
     "channel_major": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "batch_last": channel_major.batch_last,
 }
 
 
@@ -111,3 +112,33 @@ def test_choice_goes_by_size() -> None:
     assert depthwise.takes_toeplitz((5, 13), (5, 5))
     assert not depthwise.takes_toeplitz((5, 13), (3, 3))
     assert not depthwise.takes_toeplitz((10, 26), (7, 7))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [(1, 1), (2, 1), (1, 3), (2, 3), (4, 5)])
+def test_max_pooling_equals_torch(layout: str, window: tuple[int, int]) -> None:
+    """Rows and columns that are left over (of 9 x 7) are dropped."""
+    x = LAYOUTS[layout](_draw(4, 3, 9, 7))
+    _both(x, [], MaxPool2d(window), nn.MaxPool2d(window))
+    assert is_batch_last(MaxPool2d(window)(x)) == (layout == "batch_last")
+
+
+def test_equal_values_of_a_window_share_its_gradient() -> None:
+    x = channel_major.batch_last(torch.ones(3, 2, 4, 2)).requires_grad_()
+    MaxPool2d((2, 2))(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full_like(x, 0.25))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_joined_channels_equal_torch(layout: str) -> None:
+    x, y = LAYOUTS[layout](_draw(3, 2, 4, 5)), LAYOUTS[layout](_draw(3, 4, 4, 5))
+    made = channel_major.joined_channels([x, y])
+    assert torch.equal(made, torch.cat([x, y], 1))
+    assert is_batch_last(made) == (layout == "batch_last")
+
+
+def test_a_chain_stays_batch_last() -> None:
+    x = channel_major.batch_last(torch.randn(5, 4, 6, 3))
+    made = BatchNorm2d(7)(depthwise.conv2d(x, torch.randn(7, 4, 1, 1)))
+    assert is_batch_last(torch.relu(made))
