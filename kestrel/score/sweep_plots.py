@@ -20,7 +20,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.transforms import Bbox
 
 from kestrel.score.plots import GREY, error_percent, percent_axis, read_metrics, save
 
@@ -279,34 +280,39 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def pareto(found: Sequence[Network], published: Sequence[Network], title: str, path: Path) -> None:
-    """Draw accuracy against multiply-adds and against bytes of weights (logarithmic), with the fronts of both.
+    """Draw accuracy against multiply-adds and bytes of weights (logarithmic), with the fronts of both.
 
-    Published networks are hollow: they were measured on other clips.
+    A cost that is the same for all has no panel. Published networks are hollow: they were measured on other clips.
     """
+    costs = [
+        (key, label)
+        for key, label in (("macs", "multiply-adds"), ("bytes", "bytes of weights"))
+        if len({getattr(each, key) for each in found}) > 1
+    ]
     with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 10}):
-        figure = Figure(figsize=(11, 4.8), layout="constrained")
-        for axes, key, label in zip(
-            figure.subplots(1, 2, sharey=True), ("macs", "bytes"), ("multiply-adds", "bytes of weights"), strict=True
+        figure = Figure(figsize=(1.7 + 4.65 * len(costs), 4.8), layout="constrained")
+        for axes, (key, label) in zip(
+            figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True
         ):
             axes.set_xscale("log")
             points = [(getattr(each, key), 100 * each.mean) for each in found]
             axes.plot(*zip(*front(points), strict=True), "-", color=GREY, linewidth=4, alpha=0.3, label="best for their cost", zorder=1)  # fmt: skip
             axes.plot(*zip(*points, strict=True), "o", color=COLOURS[0], markersize=6, label="here", zorder=3)
-            for (cost, right), each in zip(points, found, strict=True):
-                if len(found) <= 12:
-                    axes.annotate(
-                        _wrapped(each.label, 28), (cost, right), (6, 4), textcoords="offset points", fontsize=7.5
-                    )
+            theirs = [getattr(each, key) for each in published]
             if published:
                 axes.plot(
-                    [getattr(each, key) for each in published], [100 * each.mean for each in published], "o",
-                    color=COLOURS[1], markerfacecolor="none", markersize=5, alpha=0.7, label="published (other test clips)", zorder=2,
+                    theirs, [100 * each.mean for each in published], "o", color=COLOURS[1], markerfacecolor="none",
+                    markersize=5, alpha=0.7, label="published (other test clips)", zorder=2,
                 )  # fmt: skip
+            _round_ticks(axes, [cost for cost, _ in points] + theirs)
             axes.set_xlabel(label)
             _plain(axes)
         figure.axes[0].set_ylabel("accuracy, %")
-        figure.axes[0].legend(frameon=False, loc="lower right", fontsize=9)
+        figure.axes[0].legend(frameon=False, loc="best", fontsize=9)
         _title(figure, title)
+        if len(found) <= 12:
+            for axes, (key, _) in zip(figure.axes, costs, strict=True):
+                _write_beside(axes, [(getattr(each, key), 100 * each.mean, _wrapped(each.label, 28)) for each in found], 7.5)  # fmt: skip
         save(figure, path)
 
 
@@ -328,13 +334,13 @@ def accuracy_energy(settings: Sequence[Setting], label: str, title: str, path: P
                 yerr=[100 * setting.sd for setting in mine],
                 fmt=MARKERS[index % len(MARKERS)], color=_colour(index), markersize=6, capsize=2.5, elinewidth=1, label=name or None, zorder=3,
             )  # fmt: skip
-        _label_points(axes, settings)
-        _energy_axis(axes, [energy for energy, _ in points])
+        _round_ticks(axes, [energy for energy, _ in points])
         axes.set_xlabel("energy per decision, µJ (model)")
         axes.set_ylabel("accuracy, %")
         _plain(axes)
         axes.legend(frameon=False, loc="lower right", fontsize=9, title=f"numbers: {label}", title_fontsize=9)
         _title(figure, title)
+        _write_beside(axes, [(s.energy, 100 * s.mean, _name(s.x)) for s in settings if s.energy], 9)
         save(figure, path)
 
 
@@ -357,50 +363,54 @@ def accuracy_sparsity(settings: Sequence[Setting], label: str, title: str, path:
                 yerr=[100 * setting.sd for setting in mine],
                 fmt=MARKERS[index % len(MARKERS)], color=_colour(index), markersize=6, capsize=2.5, elinewidth=1, label=name or None, zorder=3,
             )  # fmt: skip
-            for setting in mine:
-                spot = (100 * (setting.sparsity or 0.0), 100 * setting.mean)
-                axes.annotate(_name(setting.x), spot, (6, 4), textcoords="offset points", fontsize=9, color=GREY)
         axes.set_xlabel("deltas that are 0, %")
         axes.set_ylabel("accuracy, %")
         _plain(axes)
         axes.legend(frameon=False, loc="lower left", fontsize=9, title=f"numbers: {label}", title_fontsize=9)
         _title(figure, title)
+        _write_beside(axes, [(100 * (s.sparsity or 0.0), 100 * s.mean, _name(s.x)) for s in known], 9)
         save(figure, path)
 
 
-def _label_points(axes: Axes, settings: Sequence[Setting]) -> None:
-    """Write each value beside its point; a value that would cover another one is left out of later series."""
-    taken: list[tuple[float, float]] = []
-    shown = [s for s in settings if s.energy]
-    means = [100 * setting.mean for setting in shown]
-    logs = [math.log10(setting.energy or 1.0) for setting in shown]
-    high, wide = max(max(means) - min(means), 1.0), max(max(logs) - min(logs), 0.1)
-    for setting, mean, place in zip(shown, means, logs, strict=True):
-        spot = (place / wide, mean / high)
-        if any(abs(spot[0] - x) < 0.03 and abs(spot[1] - y) < 0.045 for x, y in taken):
-            continue
-        taken.append(spot)
-        axes.annotate(
-            _name(setting.x),
-            (setting.energy or 1.0, mean),
-            (6, 4),
-            textcoords="offset points",
-            fontsize=9,
-        )
+def _write_beside(axes: Axes, labels: Sequence[tuple[float, float, str]], size: float) -> None:
+    """Write the text of each point (x, y, text) on the first of its sides where it covers no point and no other text.
+
+    A text that finds no room is left out. To be called when all else is drawn.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([spot[:2] for spot in labels])]
+    legend = axes.get_legend()
+    if legend is not None:
+        taken.append(legend.get_window_extent())
+    for x, y, words in labels:
+        text = axes.annotate(words, (x, y), (0, 0), textcoords="offset points", fontsize=size, color=GREY)
+        for right, up in ((6, 4), (6, -4), (-6, 4), (-6, -4), (6, 13), (6, -13), (-6, 13), (-6, -13)):
+            text.set(position=(right, up), ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
+            box = text.get_window_extent()
+            inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+        else:
+            text.remove()
 
 
-def _energy_axis(axes: Axes, energies: Sequence[float]) -> None:
+def _round_ticks(axes: Axes, costs: Sequence[float]) -> None:
     """Ticks at round numbers within the data, more of them on a short axis."""
-    low, high = min(energies), max(energies)
+    low, high = min(costs), max(costs)
     short = high / low < 15
-    marks = [m * 10.0**p for p in range(-4, 8) for m in ((1, 1.5, 2, 3, 4, 5, 7) if short else (1, 2, 5))]
+    steps = (1, 1.5, 2, 3, 4, 5, 7) if short else (1, 2, 5) if high / low < 1000 else (1,)
+    marks = [m * 10.0**p for p in range(-4, 12) for m in steps]
     margin = 1.12 if short else 1.3
     axes.set_xlim(low / margin, high * margin)
     inside = [mark for mark in marks if low / margin <= mark <= high * margin]
     if len(inside) < 2:
         inside = [float(f"{low:.3g}"), float(f"{high:.3g}")]
     axes.xaxis.set_major_locator(FixedLocator(inside))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(EngFormatter() if high >= 1e4 else plain)
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import image
+from matplotlib.figure import Figure
 from score_kit import metrics_csv
 
 from kestrel.score import sweep_plots
@@ -14,6 +15,7 @@ from kestrel.score.sweep_plots import (
     Network,
     Setting,
     Strip,
+    _write_beside,
     accuracy_against,
     accuracy_energy,
     accuracy_sparsity,
@@ -149,3 +151,27 @@ def test_pareto_picture(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         pareto(found, published, "title", tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_texts_beside_points_cover_nothing() -> None:
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    spots = [(1.0, 1.0, "first"), (1.01, 1.01, "second"), (1.02, 1.0, "third"), (2.0, 2.0, "far")]
+    axes.plot([x for x, _, _ in spots], [y for _, y, _ in spots], "o")
+    _write_beside(axes, spots, 9)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert {text.get_text() for text in axes.texts} >= {"first", "far"} and len(boxes) == 4
+    for index, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[:index])
+        assert not any(box.contains(*spot) for spot in axes.transData.transform([spot[:2] for spot in spots]))
+    _write_beside(axes, [(2.0, 2.0, "far"), *[(2.0, 2.0, f"crowd {number}") for number in range(20)]], 9)
+    assert len(axes.texts) < 4 + 21
+
+
+def test_a_cost_that_all_share_has_no_panel(monkeypatch, tmp_path: Path) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(sweep_plots, "save", lambda figure, path: drawn.append(figure))
+    pareto([Network(str(k), 5e4, 1e3 * k, (0.9,)) for k in (1, 2)], [], "one", tmp_path / "a.png")
+    pareto([Network(str(k), 5e4 * k, 1e3 * k, (0.9,)) for k in (1, 2)], [], "two", tmp_path / "b.png")
+    assert [len(figure.axes) for figure in drawn] == [1, 2]
+    assert drawn[0].axes[0].get_xlabel() == "bytes of weights"
