@@ -23,7 +23,7 @@ from kestrel.models.network import Phase
 from kestrel.models.quant_net import FLOAT, LowBitPlan, QuantNet
 from kestrel.models.search_cost import Resource
 from kestrel.models.search_spec import SearchSpec
-from kestrel.nn.channel_major import BatchNorm2d, hold_statistics
+from kestrel.nn.channel_major import BatchNorm2d, global_mean, hold_statistics
 from kestrel.nn.low_bit import QuantActivation, QuantLinear
 from kestrel.nn.mbconv import ConvUnit, Making, MBConv, Residual
 from kestrel.nn.mixed_op import MixedBlock
@@ -74,7 +74,7 @@ class _Frame(QuantNet):
         x = self.first_conv(x)
         for block in self.blocks:
             x = block(x)
-        x = self.mean(self.feature_mix(x).mean((2, 3)))  # [B, mix]
+        x = self.mean(global_mean(self.feature_mix(x)))  # [B, mix]
         return self.classifier(self.dropout(x))
 
     def plain(self) -> nn.Module:

@@ -10,7 +10,7 @@ import itertools
 from torch import Tensor, nn
 
 from kestrel.models.quant_net import LowBitPlan, QuantNet
-from kestrel.nn.channel_major import BatchNorm2d
+from kestrel.nn.channel_major import BatchNorm2d, global_mean
 from kestrel.nn.low_bit import QuantActivation, QuantLinear
 from kestrel.nn.mbconv import ConvUnit, Making, SmallMapConv2d
 
@@ -54,4 +54,4 @@ class TcResNet8(QuantNet):
         x = self.act(self.norm(self.first(x)))
         for block in self.blocks:
             x = block(x)
-        return self.classifier(self.dropout(self.mean(x.mean((2, 3)))))
+        return self.classifier(self.dropout(self.mean(global_mean(x))))

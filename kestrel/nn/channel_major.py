@@ -11,7 +11,7 @@ is then one row of numbers over the clips, and windows of two or three places co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,10 @@ def fast_layouts(x: Tensor) -> bool:
 
 
 def pointwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """1x1 convolution of stride 1 without bias: [B, C, H, W] and [K, C, 1, 1] -> [B, K, H, W], channel-major or batch last."""
+    """1x1 convolution of stride 1 without bias: [B, C, H, W] and [K, C, 1, 1] -> [B, K, H, W], channel-major or batch last.
+
+    Channels-last images are read as they lie, the product turns them.
+    """
     if is_batch_last(x):
         places = x.permute(1, 2, 3, 0)  # [C, H, W, B]
         return (weight.flatten(1) @ places.flatten(1)).view(-1, *places.shape[1:]).permute(3, 0, 1, 2)
@@ -95,6 +98,27 @@ class MaxPool2d(nn.MaxPool2d):
         cut = x[:, :, : height * self.window[0], : width * self.window[1]].permute(1, 2, 3, 0)
         cut = cut.unflatten(2, (width, self.window[1])).unflatten(1, (height, self.window[0]))
         return cut.amax((2, 4)).permute(3, 0, 1, 2)
+
+
+class _GlobalMean(torch.autograd.Function):
+    """[C, B, H W] -> [B, C]; the gradient lies like the input, where that of `mean` has clips outside."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.shape = rows.shape
+        return rows.mean(2).t().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad / ctx.shape[2]).t().unsqueeze(2).expand(ctx.shape).contiguous()
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Mean of each map: [B, C, H, W] -> [B, C]."""
+    if fast_layouts(x) and is_channel_major(x):
+        made: Tensor = _GlobalMean.apply(channel_rows(x))
+        return made
+    return x.mean((2, 3))
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -28,6 +28,7 @@ from kestrel.nn.channel_major import (
 
 # A matrix product does about this many more multiply-adds in the same time as a channels-last convolution.
 TOEPLITZ_ADVANTAGE = 5.0
+LARGEST_KERNEL = (7, 7)  # that a depthwise convolution is likely to have
 
 
 def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
@@ -120,7 +121,12 @@ def unfolded_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> T
 
 
 def _in_rows(x: Tensor) -> bool:
-    return is_channel_major(x) or is_batch_last(x)
+    """Whether a 1x1 convolution is one product here: `x` is channel-major or batch last, or small and channels-last.
+
+    What stands behind it then has one layout. Larger maps stay channels-last, for a depthwise convolution that wants it.
+    """
+    small = takes_toeplitz((x.shape[2], x.shape[3]), LARGEST_KERNEL)
+    return is_channel_major(x) or is_batch_last(x) or (small and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def conv2d(

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
 
 from kestrel.errors import KestrelError
 from kestrel.store.hashing import sha256_json
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names of the settings, from malloc.h of glibc
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; more is refused
+_KEPT = (1 << 31) - 1  # bytes
+
+
+def keep_memory() -> bool:
+    """Let the C library keep freed memory: the next step needs as much, and fresh pages cost more than the arithmetic.
+
+    Returns whether it does; only glibc is asked.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))
 
 
 def choose_device(name: str) -> torch.device:

@@ -25,7 +25,7 @@ from kestrel.models.spotter import KeywordSpotter
 from kestrel.store import checkpoint
 from kestrel.train.curves import draw_curves
 from kestrel.train.data import Batch, Split
-from kestrel.train.device import choose_device, seed_generator
+from kestrel.train.device import choose_device, keep_memory, seed_generator
 from kestrel.train.history import Row, Running, write_metrics
 from kestrel.train.keeper import BEST, LAST, NOTHING, Keeper, Standing, load_resumable, prepare_folder, standing
 from kestrel.train.optimizer import make_optimizer, undecayed
@@ -109,6 +109,8 @@ def train(
     device = choose_device(job.train.device)
     if job.train.threads is not None:
         torch.set_num_threads(job.train.threads)
+    if device.type == "cpu":
+        keep_memory()
     log = logging.getLogger("kestrel") if log is None else log
     with StopFlag() if stop is None else stop as flag, Ranks(device) as ranks:
         training = _Training(job, spotter, train, validation, ranks, flag, log, progress)

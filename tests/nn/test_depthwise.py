@@ -107,6 +107,28 @@ def test_small_maps_stay_channel_major_through_a_block() -> None:
     assert is_channel_major(x)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pointwise_convolution_and_mean_of_small_maps_lie_alike(layout: str) -> None:
+    x, weight = LAYOUTS[layout](_draw(3, 6, 5, 13)), _draw(4, 6, 1, 1)
+    _both(
+        x,
+        [weight],
+        lambda x, w: channel_major.global_mean(depthwise.conv2d(x, w)),
+        lambda x, w: functional.conv2d(x, w).mean((2, 3)),
+    )
+    seen = []
+    made = depthwise.conv2d(x, weight.requires_grad_())
+    made.register_hook(seen.append)
+    channel_major.global_mean(made).square().sum().backward()
+    if layout in ("channels_last", "channel_major"):
+        assert is_channel_major(made) and is_channel_major(seen[0])
+
+
+def test_pointwise_convolution_of_large_maps_keeps_channels_last() -> None:
+    x = channel_major.channels_last(torch.randn(2, 6, 20, 26))
+    assert depthwise.conv2d(x, torch.randn(8, 6, 1, 1)).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_choice_goes_by_size() -> None:
     assert depthwise.takes_toeplitz((5, 13), (7, 7))
     assert depthwise.takes_toeplitz((5, 13), (5, 5))
