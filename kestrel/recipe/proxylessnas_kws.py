@@ -46,8 +46,10 @@ class ModelSpec(Family):
     layer_bits: dict[str, int] = setting({}, "other bits of single layers: name pattern -> bits", min=1, max=8)
     act_bits: int | None = setting(8, "bits of activations; null = floating point in training", min=2, max=8)
     act_ranges: Literal["learned", "ema", "max"] = setting("ema", "how ranges of activations are found")
-    quantise: Literal["training", "never"] = setting(
-        "training", "training: with quantised values; never: afterwards alone (post-training quantisation)"
+    quantise: Literal["training", "retrain", "never"] = setting(
+        "training",
+        "training: with quantised values; retrain: from stage 4 on, stage 3 in floating point; never: afterwards alone "
+        "(post-training quantisation)",
     )
     search: SearchSpec = field(default_factory=SearchSpec)
 
@@ -100,7 +102,7 @@ def plan(model: ModelSpec, *, activations: bool) -> LowBitPlan:
         scale=model.weight_scale,
         per_output=model.weight_quantiser != "dorefa",
         activations=activations and model.act_bits is not None,
-        start="never" if model.quantise == "never" else "pretrain",
+        start="pretrain" if model.quantise == "training" else model.quantise,
     )
 
 

@@ -55,6 +55,21 @@ def test_low_bits_keep_the_first_and_the_last_layer() -> None:
         assert set(found.values()) == {bits}
 
 
+def test_quantisation_begins_where_the_settings_say() -> None:
+    for variant, begun in (
+        ("net-5+8w8a", (True, True)),
+        ("net-5+8w8a+qat", (False, True)),
+        ("net-5+float", (False, False)),
+    ):
+        net = recipe.build(_model(variant), (49, 10), 12)
+        found = []
+        for phase in ("pretrain", "retrain"):
+            net.set_phase(phase)
+            found.append(all(layer.quantised for layer in net.low_bit_layers().values()))
+            assert net.first_conv.act.quantised == net.input.quantised == found[-1]
+        assert tuple(found) == begun
+
+
 def test_an_architecture_file_is_trained(tmp_path: Path) -> None:
     named = recipe.architecture(_model("net-5"))
     assert named is not None
