@@ -26,10 +26,11 @@ from kestrel.lower.ops import (
 )
 from kestrel.lower.post import View
 from kestrel.lower.rnn import LayerWeights, Thresholds, lower_layer
-from kestrel.lower.tensor import Constant, Tensor
+from kestrel.lower.tensor import COLUMN_STORAGES, Constant, Tensor
 from kestrel.lower.value import Grid, Value
 from kestrel.models.delta_rnn import DeltaNetwork
 from kestrel.models.inventory import weight_codes
+from kestrel.nn.delta_fixed import Numerics
 from kestrel.quant.integer import Rescale, symmetric
 from kestrel.quant.packing import WeightCodes
 
@@ -56,7 +57,7 @@ def lower_delta_network(program: Program, view: View, net: DeltaNetwork, weight_
             *(codes[f"rnn.bias_{part}_l{index}"].decode().astype(np.float64) for part in ("ih", "hh")),
         )
         theta = rnn.thresholds[index]
-        acting = Thresholds(*(numerics.threshold(value) if value > 0 else None for value in (theta.x, theta.h)))
+        acting = Thresholds(_sent(numerics, theta.x, weights.w_ih), _sent(numerics, theta.h, weights.w_hh))
         prefix = "rnn" if rnn.num_layers == 1 else f"rnn.{index}"
         x = lower_layer(program, x, rnn.kind, weights, prefix, form, acting)
     if net.fc_extra is not None:
@@ -75,6 +76,18 @@ def lower_delta_network(program: Program, view: View, net: DeltaNetwork, weight_
         return _time_mean(program, z)
     assert net.silence is not None
     return _last_speech(program, z, net.silence)
+
+
+def _sent(numerics: Numerics, threshold: float, weight: WeightCodes) -> float | None:
+    """The smallest change that is transmitted.
+
+    None = all is multiplied anew; but pruned weights without a threshold get 0, which gives the same bits: their columns
+    are then stored without zeros and added up, where rows would be unpacked again in every step.
+    """
+    if threshold > 0:
+        return numerics.threshold(threshold)
+    stored = Constant.of(weight.codes.astype(np.int64), weight.bits).compact(weight.codes.T, columns=True)
+    return 0.0 if stored.storage in COLUMN_STORAGES else None
 
 
 def _inputs(program: Program, view: View, form: CellForm) -> Value:

@@ -11,9 +11,11 @@ import torch
 
 from kestrel.errors import KestrelError
 from kestrel.frontend.post import Post
+from kestrel.lower import delta_network
 from kestrel.lower.graph import IntegerGraph
 from kestrel.lower.ops import Accumulate, DeltaUpdate, MatMul
 from kestrel.lower.spotter import lower
+from kestrel.lower.tensor import COLUMN_STORAGES
 from kestrel.models.delta_rnn import DeltaNetwork
 from kestrel.models.inventory import decoded_weights, weight_codes
 from kestrel.models.spotter import KeywordSpotter
@@ -115,6 +117,28 @@ def test_pruned_weights_stay_zero() -> None:
             work = (op.weight.values != 0).reshape(-1, 4, op.weight.shape[1]).sum(0)  # [pes, columns]
             assert (work <= 3).all() and op.weight.storage == "sparse8"
     assert np.abs(made - expected).mean() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+@pytest.mark.parametrize("fixed", [{}, dict.fromkeys(FIXED, 1)])
+def test_pruned_columns_are_added_up_without_thresholds_too(
+    kind: str, fixed: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many bytes as with thresholds, and the bits of the products row by row."""
+    model = {"rnn_type": kind, "rnn_size": 64, "cbtd_from": "pretrain", "gamma_rnn": 0.9375, "num_array_pe": 4, **fixed}
+    graph, made, _ = both(lower_kit.delta_spotter(**model))
+    products = {op.outputs[0]: op for op, _ in graph.all_ops() if isinstance(op, (Accumulate, MatMul))}
+    assert {name: type(op) for name, op in products.items()} == {
+        "rnn.ih.memory.next": Accumulate,
+        "rnn.hh.memory.next": Accumulate,
+        "cl": MatMul,
+    }
+    assert all(op.weight.storage in COLUMN_STORAGES for op in products.values() if isinstance(op, Accumulate))
+    assert [op.threshold for op, _ in graph.all_ops() if isinstance(op, DeltaUpdate)] == [0, 0]
+    monkeypatch.setattr(delta_network, "_sent", lambda numerics, threshold, weight: None)
+    rows, same, _ = both(lower_kit.delta_spotter(**model))
+    assert not any(isinstance(op, Accumulate) for op, _ in rows.all_ops())
+    np.testing.assert_array_equal(made, same)
 
 
 @pytest.mark.parametrize("silence", [0, -1])
