@@ -121,6 +121,28 @@ def global_mean(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
+class _SteadyGradient(torch.autograd.Function):
+    """x; its gradient in the layout of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.channels_last = not x.is_contiguous()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return channels_last(grad) if ctx.channels_last else grad.contiguous()
+
+
+def _steady(x: Tensor) -> Tensor:
+    """`x`, whose gradient then has its layout.
+
+    For a single image PyTorch (2.13 at least) takes a gradient of another layout wrongly in batch normalisation.
+    """
+    made: Tensor = _SteadyGradient.apply(x) if x.shape[0] == 1 and x.requires_grad else x
+    return made
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d that works on channel-major and batch-last images without copying them."""
 
@@ -143,7 +165,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             return self._of_batch(x)
         if fast_layouts(x) and (is_channel_major(x) or is_batch_last(x)) and x.shape[0] > 1:
             return self._by_rows(x, super().forward)
-        return super().forward(x)
+        return _steady(super().forward(x)) if fast_layouts(x) else super().forward(x)
 
     def _of_batch(self, x: Tensor) -> Tensor:
         return functional.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
@@ -153,9 +175,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         batch, channels, height, width = x.shape
         if not is_channel_major(x):  # batch last: an image as wide as the batch
             image = x.permute(1, 2, 3, 0).view(1, channels, height * width, batch)
-            return apply(image).view(channels, height, width, batch).permute(3, 0, 1, 2)
+            return _steady(apply(image)).view(channels, height, width, batch).permute(3, 0, 1, 2)
         image = x.transpose(0, 1).view(1, channels, batch * height, width)  # one tall image
-        return apply(image).view(channels, batch, height, width).transpose(0, 1)
+        return _steady(apply(image)).view(channels, batch, height, width).transpose(0, 1)
 
 
 def hold_statistics(module: nn.Module, hold: bool) -> None:

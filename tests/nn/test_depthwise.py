@@ -71,6 +71,23 @@ def test_conv2d_equals_torch(layout: str, kernel: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of_gradient", LAYOUTS)
+@pytest.mark.parametrize("statistics", ["own", "batch"])
+@pytest.mark.parametrize("clips", [1, 4])
+def test_gradient_of_batch_norm_in_every_layout(layout: str, of_gradient: str, statistics: str, clips: int) -> None:
+    x = _draw(clips, 3, 4, 5)
+    norm = BatchNorm2d(3, eps=1e-3).double()
+    hold_statistics(norm, statistics == "batch")
+    leaf = LAYOUTS[layout](x).requires_grad_()
+    grad = _draw(clips, 3, 5, 4).transpose(2, 3)
+    (made,) = torch.autograd.grad(norm(leaf), leaf, LAYOUTS[of_gradient](grad))
+    centred = x - x.mean((0, 2, 3), keepdim=True)
+    spread = (x.var((0, 2, 3), correction=0, keepdim=True) + 1e-3).sqrt()
+    along = (grad * centred).mean((0, 2, 3), keepdim=True) / spread**2
+    torch.testing.assert_close(made, (grad - grad.mean((0, 2, 3), keepdim=True) - centred * along) / spread)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("clips", [1, 4])
 def test_batch_norm_equals_torch(layout: str, training: bool, clips: int) -> None:
