@@ -159,16 +159,18 @@ class SeparableNet(_Image):
         head: int = 0,
         causal: bool = False,
         wide: int = 0,
+        between: Literal["relu", "none"] = "relu",
     ) -> None:
         super().__init__(input_shape, make)
         if not kernels or any(kernel % 2 == 0 for kernel in kernels):
             raise UsageError(f"model.kernels: {list(kernels)}; choose odd numbers, the first for the features")
         self.columns = FramesAsColumns()
-        self.first = TimeChannel(input_shape[1], width, kernels[0], make, stride, causal=causal)
+        self.first = TimeChannel(input_shape[1], width, kernels[0], make, stride, causal=causal, between=between)
         frames = (input_shape[0] - 1) // stride + 1
         blocks: list[nn.Module] = []
         for place, kernel in enumerate(kernels[1:], 1):
-            blocks.append(TimeChannel(width, width, kernel, make, skip=True, causal=causal, wide=wide))
+            block = TimeChannel(width, width, kernel, make, skip=True, causal=causal, wide=wide, between=between)
+            blocks.append(block)
             if place in condense:
                 _check_pool("model.condense", (frames, 1), (2, 1))
                 blocks.append(Condenser(width, width, width // 2, None, (2, 1), make))

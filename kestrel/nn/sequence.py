@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from kestrel.nn.condenser import Making, Unit
@@ -18,7 +20,7 @@ class FramesAsColumns(nn.Module):
 class TimeChannel(nn.Module):
     """A depthwise convolution over `kernel` frames, then a pointwise one; with `skip` the input is added.
 
-    `wide`: the pointwise convolution becomes two, with so many channels between them, which only live for a frame.
+    `between`: what follows the depthwise convolution. `wide`: the pointwise convolution becomes two, with so many channels between them, which only live for a frame.
 
     Zeros stand before and after the clip, (kernel - 1) / 2 frames each; where `causal`, all kernel - 1 stand before it.
     """
@@ -33,10 +35,11 @@ class TimeChannel(nn.Module):
         skip: bool = False,
         causal: bool = False,
         wide: int = 0,
+        between: Literal["relu", "none"] = "relu",
     ) -> None:
         super().__init__()
         before, around = (kernel - 1, 0) if causal else (0, kernel // 2)
-        act, over = make.act(), (kernel, 1)
+        act, over = make.act(between), (kernel, 1)
         self.depthwise = Unit(inputs, inputs, over, make, (stride, 1), inputs, act, (around, 0), before)
         self.widen = Unit(inputs, wide, (1, 1), make, act=make.act()) if wide else nn.Identity()
         self.pointwise = Unit(wide or inputs, outputs, (1, 1), make, act=make.act("none") if skip else make.act())

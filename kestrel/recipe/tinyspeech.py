@@ -39,6 +39,7 @@ class ModelSpec:
     wide: int = setting(
         0, "sep: channels between two pointwise layers of each block; 0 = one such layer", min=0, max=512
     )
+    between: Literal["relu", "none"] = setting("relu", "sep: what follows the depthwise convolution of a layer")
     gate: Literal["hard", "sigmoid"] = setting("hard", "attention values: clip(x / 4 + 1 / 2, 0, 1), or the sigmoid")
     weights: str = setting("8bit", "grid of weights: 2bit..8bit, 2bitsym..8bitsym, ternary, binary, fp130, dorefa1..8")
     layer_weights: dict[str, str] = setting({}, "exceptions: layer name or pattern -> grid, or float")
@@ -92,6 +93,7 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Quant
             head=model.head,
             causal=model.causal,
             wide=model.wide,
+            between=model.between,
         )
     return TinySpeech(
         input_shape,

@@ -34,6 +34,7 @@ NETS: dict[str, dict[str, Any]] = {
     "qp": {"net": "qp"},
     "qp4": {"net": "qp", "qp_blocks": 4},
     "sep": {"net": "sep", "width": 12},
+    "sep linear": {"net": "sep", "width": 12, "between": "none"},
     "mcu": {
         **{"net": "sep", "width": 12, "stride": 2, "causal": True, "condense": [2], "head": 20},
         "power_of_two": True,
