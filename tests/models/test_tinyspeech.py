@@ -211,3 +211,19 @@ def test_the_layout_of_memory_changes_nothing(name: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(place, "fast_layouts", lambda _: False)
     for mine, other in zip(fast, found(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_condenser_that_died_in_training_has_an_integer_form() -> None:
+    """Its embedding was zero for every clip that was seen, so that its range is the smallest there is."""
+    net = net_of("z", weights="4bitsym")
+    dead = net.get_submodule("blocks.2.embed.1.norm")
+    with torch.no_grad():
+        dead.weight.fill_(1e-3)  # type: ignore[union-attr,operator]
+        dead.bias.fill_(-3)  # type: ignore[union-attr,operator]
+    trained(net)
+    assert float(net.get_submodule("blocks.2.embed.1.act").largest) == 0  # type: ignore[arg-type]
+    graph = graph_of(net)
+    x = features(40, 60)
+    found = graph.run(input_codes(x.numpy(), graph.tensors[FEATURES]))[LOGITS]
+    with torch.no_grad():
+        assert (found.argmax(1) == net(x).argmax(1).numpy()).mean() >= 0.95
