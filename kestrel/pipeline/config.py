@@ -179,7 +179,8 @@ def _protocol(root: Path, name: str | None, corpus: CorpusSpec, overrides: dict)
         raise UsageError("protocol.words: expected at least one word, each once")
     different = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)}
     if corpus.kind == "folder":
-        different |= {key: getattr(corpus, key) for key in ("test_dir",) if getattr(corpus, key)}
+        if corpus.test_dir:  # by its name: the same clips may lie elsewhere on another machine
+            different["test_dir"] = Path(corpus.test_dir).name
     elif corpus.kind == "synthetic":
         defaults = CorpusSpec()
         different |= {

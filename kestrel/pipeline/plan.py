@@ -202,6 +202,16 @@ def _quote(words: list[str]) -> str:
     return " ".join(word if _PLACEHOLDER.fullmatch(word) else shlex.quote(word) for word in words)
 
 
+def uncommitted(root: Path) -> bool | None:
+    """Whether a checkout has changes that its commit lacks; None where it is not a git checkout.
+
+    Kept results do not count, since they change nothing that a run does: those of several runs of one commit are all of it.
+    """
+    kept = (":(exclude)recipes/*/results", ":(exclude)recipes/*/RESULTS.md")
+    status = _git(root, "status", "--porcelain", "--untracked-files=all", "--", ".", *kept)
+    return None if status is None else bool(status)
+
+
 def write_run(root: Path, exp: Path, config: Config, values: argparse.Namespace) -> None:
     """Write config.yaml, command.sh and env.json of a run. Raises KestrelError while another run uses the folder."""
     with lock(exp, "the start of a run", wait=False):
@@ -213,7 +223,6 @@ def write_run(root: Path, exp: Path, config: Config, values: argparse.Namespace)
         text = f'#!/usr/bin/env bash\n# Replays this run; options are passed on, such as --stage 5.\ncd "$(dirname "$0")/{up}" && exec {command} "$@"\n'
         write_text(exp / "command.sh", text)
         os.chmod(exp / "command.sh", 0o755)
-        status_text = _git(root, "status", "--porcelain")
         versions = {}
         for package in ("torch", "torchaudio", "numpy", "h5py", "soundfile", "pandas", "onnx", "onnxruntime"):
             try:
@@ -223,7 +232,7 @@ def write_run(root: Path, exp: Path, config: Config, values: argparse.Namespace)
         environment = {
             "command": _quote(_canonical(values, config, placeholders=True)),
             "git_commit": _git(root, "rev-parse", "HEAD"),
-            "git_dirty": bool(status_text) if status_text is not None else None,
+            "git_dirty": uncommitted(root),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "host": platform.node(),

@@ -252,6 +252,17 @@ def _with_defaults(settings: type, data: Any) -> Any:
         return data
 
 
+def _difference(name: str, found: Any, expected: Any) -> str:
+    """What of a checkpoint's configuration is not the run's: the settings that differ, not those that agree."""
+    if not isinstance(found, dict) or not isinstance(expected, dict):
+        return f"its {name} is {found}, the run has {expected}"
+    return "; ".join(
+        _difference(f"{name}.{key}", found.get(key), expected.get(key))
+        for key in dict.fromkeys((*found, *expected))
+        if found.get(key) != expected.get(key)
+    )
+
+
 def load_checkpoint(run: Run) -> tuple[KeywordSpotter, dict[str, Any], Path]:
     """The trained spotter that score and export take, its checkpoint's content, and the file."""
     from kestrel.models.compact import state_of
@@ -274,7 +285,7 @@ def load_checkpoint(run: Run) -> tuple[KeywordSpotter, dict[str, Any], Path]:
     ):
         if who.get(key) != expected:
             raise KestrelError(
-                f"{path} is a checkpoint of another configuration: its {key} is {who.get(key)}, the run has {expected}"
+                f"{path} is a checkpoint of another configuration: {_difference(key, who.get(key), expected)}"
             )
     spotter = build_spotter(run, tuple(who["input_shape"]))
     if "structure" in who:

@@ -210,7 +210,7 @@ def test_the_layout_of_memory_changes_nothing(name: str, monkeypatch: pytest.Mon
     for place in (channel_major, depthwise, low_bit):
         monkeypatch.setattr(place, "fast_layouts", lambda _: False)
     for mine, other in zip(fast, found(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_condenser_that_died_in_training_has_an_integer_form() -> None:

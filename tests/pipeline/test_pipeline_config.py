@@ -244,6 +244,8 @@ def test_a_separate_test_folder_is_another_protocol(tmp_path: Path) -> None:
         assert config.corpus is not None and config.corpus.test_dir == str(tmp_path / name)
         names.append(config.protocol_name)
     assert len(set(names)) == 3
+    (tmp_path / "moved" / "test a").mkdir(parents=True)
+    assert make("corpus.test_dir=moved/test a", corpus="./words", start=tmp_path).protocol_name == names[1]
 
 
 def test_a_folder_named_like_a_known_corpus_has_a_place_of_its_own(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from run_kit import Checkout
 
 from kestrel.errors import UsageError
-from kestrel.pipeline.plan import _parser, parse
+from kestrel.pipeline.plan import _parser, parse, uncommitted
 from kestrel.pipeline.stages import STAGES
 from kestrel.settings import load_yaml
 from kestrel.store.lock import lock
@@ -168,6 +168,19 @@ def test_a_second_start_is_fast(checkout: Checkout) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ real runs
+
+
+def test_kept_results_are_no_uncommitted_changes(tmp_path: Path) -> None:
+    assert uncommitted(tmp_path) is None
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert uncommitted(tmp_path) is False
+    for name in ("RESULTS.md", "results/a.json", "results/sweeps/b.png"):
+        path = tmp_path / "recipes" / "spartus" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("kept")
+    assert uncommitted(tmp_path) is False
+    (tmp_path / "recipes" / "spartus" / "recipe.yaml").write_text("changed")
+    assert uncommitted(tmp_path) is True
 
 
 def test_a_run_leaves_what_the_design_says(checkout: Checkout, prepared: str, tiny_corpus: Path) -> None:

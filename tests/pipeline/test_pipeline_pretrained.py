@@ -215,7 +215,7 @@ def test_a_setting_that_came_later_has_its_default(site: Site) -> None:
         assert load_checkpoint(run)[1]["model"] == to_dict(run.config.model)
         content["identity"]["model"]["hidden"] = 117
         save(path, content)
-        with pytest.raises(KestrelError, match="checkpoint of another configuration: its model is"):
+        with pytest.raises(KestrelError, match="another configuration: its model.hidden is 117, the run has 118$"):
             load_checkpoint(run)
     finally:
         path.write_bytes(before)
