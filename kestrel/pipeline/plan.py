@@ -207,7 +207,7 @@ def uncommitted(root: Path) -> bool | None:
 
     Kept results do not count, since they change nothing that a run does: those of several runs of one commit are all of it.
     """
-    kept = (":(exclude)recipes/*/results", ":(exclude)recipes/*/RESULTS.md")
+    kept = (":(exclude)recipes/*/results/*", ":(exclude)recipes/*/RESULTS.md")
     status = _git(root, "status", "--porcelain", "--untracked-files=all", "--", ".", *kept)
     return None if status is None else bool(status)
 
