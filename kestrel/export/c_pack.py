@@ -8,9 +8,9 @@ import numpy as np
 
 from kestrel.lower.columns import BALANCED, GROUPS, layout_of
 from kestrel.lower.memory import DIRECT
-from kestrel.lower.tensor import COLUMN_STORAGES, field_bits, sparse_row_bytes
+from kestrel.lower.tensor import COLUMN_STORAGES, MASKED_ROWS, field_bits, sparse_row_bytes
 from kestrel.quant import cbcsc
-from kestrel.quant.packing import pack
+from kestrel.quant.packing import pack, pack_storage
 
 KINDS = {"int4": "KESTREL_INT4", "int2": "KESTREL_INT2", "ternary": "KESTREL_TERNARY", "binary": "KESTREL_BINARY"}
 _TERNARY_WEIGHTS = 3 ** np.arange(4, -1, -1)  # of five digits, the first value is the most significant
@@ -18,7 +18,11 @@ _TERNARY_WEIGHTS = 3 ** np.arange(4, -1, -1)  # of five digits, the first value 
 
 @dataclass(frozen=True)
 class Packed:
-    """`array` int8, int16, int32 or uint8 [rows, elements or bytes of a row], and the fields of kestrel_weights."""
+    """`array` int8, int16, int32 or uint8 [rows, elements or bytes of a row], and the fields of kestrel_weights.
+
+    Of a masked matrix there is one row of all bytes, `length` elements make a row of weights, and `start` bytes come before
+    the place that `data` points to.
+    """
 
     array: np.ndarray
     kind: str
@@ -26,10 +30,12 @@ class Packed:
     field_bits: int
     bitmap_bytes: int = 0
     lanes: int = 0
+    start: int = 0
+    length: int | None = None
 
     @property
     def row_bytes(self) -> int:
-        return self.array.shape[1] * self.array.itemsize
+        return self.array.shape[1] * self.array.itemsize if self.length is None else self.length
 
 
 def pack_rows(values: np.ndarray, storage: str) -> Packed:
@@ -43,6 +49,11 @@ def pack_rows(values: np.ndarray, storage: str) -> Packed:
         return _balanced(values) if storage == BALANCED else _groups(values)
     if storage.startswith("sparse"):
         return _sparse(values, field_bits(storage))
+    if storage.startswith("masked"):
+        return _masked(values, field_bits(storage), storage.startswith("maskedodd"))
+    if storage == "power4":
+        rows = [np.frombuffer(pack_storage(row, storage), np.uint8) for row in values]
+        return Packed(np.stack(rows) if rows else np.zeros((0, 0), np.uint8), "KESTREL_POWER", 16, 0)
     odd = storage.startswith("odd")
     bits = 1 if storage == "binary" else field_bits(storage)
     fields = (values - 1) // 2 if odd else values
@@ -73,6 +84,22 @@ def _sparse(values: np.ndarray, bits: int) -> Packed:
         fields = np.frombuffer(pack(found[found != 0], bits), np.uint8)
         row[bitmap : bitmap + len(fields)] = fields
     return Packed(array, "KESTREL_SPARSE", 8, bits, bitmap)
+
+
+def _masked(values: np.ndarray, bits: int, odd: bool) -> Packed:
+    """Before `data`, backwards, uint16: the fields of all rows before row 16, 32, ...; then a bit for every element of the matrix,
+    and fields of those that are not zero; neither begins anew with a row.
+    """
+    kept = values[values != 0]
+    starts = np.cumsum(np.count_nonzero(values, axis=1))[MASKED_ROWS - 1 : len(values) - 1 : MASKED_ROWS]
+    parts = [
+        starts[::-1].astype("<u2").tobytes(),
+        np.packbits(values.reshape(-1) != 0, bitorder="little").tobytes(),
+        pack((kept - 1) // 2 if odd else kept, bits),
+    ]
+    array = np.frombuffer(b"".join(parts), np.uint8)[None]
+    kind = "KESTREL_MASKED_ODD" if odd else "KESTREL_MASKED"
+    return Packed(array, kind, 8, bits, len(parts[1]), start=len(parts[0]), length=values.shape[1])
 
 
 def _balanced(values: np.ndarray) -> Packed:

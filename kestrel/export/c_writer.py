@@ -115,6 +115,7 @@ class Writer:
         packed = pack_rows(values, constant.storage)
         note = f"{name}: weights {' x '.join(map(str, values.shape))}, {constant.storage}"
         array = self.array(packed.array, f"{name}, weights", "weights", note)
+        array += f" + {packed.start}" if packed.start else ""
         bitmap = f", .bitmap_bytes = {packed.bitmap_bytes}" if packed.bitmap_bytes else ""
         bitmap += f", .lanes = {packed.lanes}" if packed.lanes else ""
         return (

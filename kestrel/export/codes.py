@@ -29,6 +29,8 @@ class Stored:
     offset: int
     code_bytes: int
     scale_bytes: int
+    zeros_left_out: bool  # a bit for every code, then those that are not zero in `storage`
+    storage: str
     largest_error: float  # between the trained weight and the one that its code stands for
 
 
@@ -55,8 +57,10 @@ def write_packed(path: Path, codes: Mapping[str, WeightCodes], trained: Mapping[
         for name, group in codes.items():
             packed, scales = group.packed(), group.scale_bytes()
             error = np.abs(group.decode() - trained[name]).max(initial=0.0)
-            shape = tuple(group.codes.shape)
-            places.append(Stored(name, shape, group.bits, file.tell(), len(packed), len(scales), float(error)))
+            shape, without = tuple(group.codes.shape), group.leaves_out_zeros
+            storage = group.kept if group.kept and without else group.stored_as
+            sizes = file.tell(), len(packed), len(scales)
+            places.append(Stored(name, shape, group.bits, *sizes, without, storage, float(error)))
             file.write(packed)
             file.write(scales)
     return places
@@ -78,7 +82,10 @@ def codes_form(work: Work, folder: Path) -> Part:
         [
             "weights.bin holds the weights as they are stored: per group its codes packed at their bits (signed, least "
             "significant bit first, no gaps), then its scales (float32, little-endian). weight = code x scale, with "
-            "one scale for all or one for each index of the first axis.",
+            "one scale for all or one for each index of the first axis. Of groups marked with * zeros are left out: a bit "
+            "for every code, set where it is not zero, filled up to a byte, then the others."
+            if any(place.zeros_left_out for place in places)
+            else "one scale for all or one for each index of the first axis.",
             "",
             _sections(places, total),
             "",
@@ -102,7 +109,8 @@ def _sections(places: Sequence[Stored], total: int) -> str:
     rows: list[Sequence[Any]] = []
     for place in places:
         shape = " x ".join(str(size) for size in place.shape)
-        rows.append((place.name, shape, place.bits, place.offset, place.code_bytes, f"{place.largest_error:.2g}"))
+        name = f"{place.name} *" if place.zeros_left_out else place.name
+        rows.append((name, shape, place.bits, place.offset, place.code_bytes, f"{place.largest_error:.2g}"))
         scales = str(place.scale_bytes // SCALE_BYTES)
         rows.append((f"{place.name}, scales", scales, 32, place.offset + place.code_bytes, place.scale_bytes, "-"))
     rows.append(("all", "", None, None, total, ""))

@@ -13,7 +13,7 @@ from kestrel.export.c_pack import pack_rows
 from kestrel.export.form import Part, Work
 from kestrel.lower import files
 from kestrel.lower.answers import Answers, accumulator_reach
-from kestrel.lower.graph import IntegerGraph
+from kestrel.lower.graph import PRODUCTS, IntegerGraph
 from kestrel.lower.ops import Accumulate, Op, weight_rows
 from kestrel.lower.spotter import CLASS, FEATURES, LOGITS
 from kestrel.lower.tensor import Constant
@@ -91,10 +91,11 @@ def constants(graph: IntegerGraph) -> list[tuple[Op, str, Constant]]:
 def packed(constant: Constant, op: Op | None = None) -> bytes:
     """A constant at the bits of its storage as the C runtime reads it (kestrel.export.c_pack), little-endian.
 
-    Each index of the first axis begins at a whole byte, or where it is the weight of `op`, an Accumulate, each column.
+    Each index of the first axis begins at a whole byte, or where it is the weight of `op`, an Accumulate, each column. A matrix of
+    storage `masked` is one piece.
     """
     values = constant.values
-    if isinstance(op, Accumulate):
+    if isinstance(op, Accumulate) or (constant.storage.startswith("masked") and isinstance(op, PRODUCTS)):
         values = weight_rows(op)
     array = pack_rows(values.reshape(len(values) if values.ndim > 1 else 1, -1), constant.storage).array
     return array.astype(array.dtype.newbyteorder("<")).tobytes()

@@ -10,7 +10,7 @@ import numpy as np
 
 from kestrel.digits import signed_digits
 from kestrel.errors import KestrelError
-from kestrel.lower.tensor import field_bits
+from kestrel.lower.tensor import whole_bits
 
 QUAD, PAIR, WIDE, POWER = "KESTREL_STREAM_QUAD", "KESTREL_STREAM_PAIR", "KESTREL_STREAM_WIDE", "KESTREL_STREAM_POWER"
 BLOCK = 8  # outputs whose sums stay in registers, of the twelve that RV32E has to spare
@@ -62,7 +62,7 @@ def kind_of(storage: str) -> tuple[str, bool]:
         return PAIR, True
     if storage.startswith("power"):
         return POWER, False
-    bits = field_bits(storage)
+    bits = whole_bits(storage)
     if bits > 8:
         raise KestrelError(f"weights of {bits} bits cannot run column by column, 8 are the most")
     return PAIR if bits <= 2 else QUAD if bits <= 4 else WIDE, storage.startswith("odd")

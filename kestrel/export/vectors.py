@@ -15,7 +15,7 @@ from kestrel.lower.files import vars_of
 from kestrel.lower.graph import IntegerGraph, Scan, input_codes
 from kestrel.lower.ops import AddRequantise, Conv2d, DepthwiseConv2d, MatMul, Multiply, Op, SumPool
 from kestrel.lower.spotter import FEATURES
-from kestrel.lower.tensor import Constant, field_bits
+from kestrel.lower.tensor import Constant, whole_bits
 from kestrel.quant.integer import Rescale
 from kestrel.store.atomic import write_json, write_text
 from kestrel.store.hashing import sha256_file
@@ -234,7 +234,7 @@ def _constant(name: str, constant: Constant) -> Vector:
     odd = storage.startswith("odd") and storage != "odd1"
     if storage in _PACKED_BITS or storage == "odd1":
         return Vector(name, constant.values, _PACKED_BITS.get(storage, 1))
-    return Vector(name, constant.values, field_bits(storage), odd=odd)
+    return Vector(name, constant.values, whole_bits(storage), odd=odd)
 
 
 def _op(op: Op, scan: Scan | None) -> dict[str, Any]:

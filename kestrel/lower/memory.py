@@ -34,8 +34,13 @@ ALIGNMENT = 4
 INPUT_BITS = 16  # features arrive as int16, whatever their range is
 DEPTHWISE_TILE = 40  # KESTREL_DEPTHWISE_TILE
 UNPACK_BYTES = 1024  # four rows of packed weights are unpacked at a time where they fit
-# Storages that C reads without unpacking; odd8 and power4 hold values beyond int8.
-DIRECT = {"int8": 8, "int16": 16, "int32": 32, "odd8": 16, "power4": 16}
+UNPACKED_BYTES = {"power4": 2}  # of an element, where it is not one
+DIRECT = {
+    "int8": 8,
+    "int16": 16,
+    "int32": 32,
+    "odd8": 16,
+}  # storages that C reads without unpacking; odd8 holds values beyond int8
 
 
 @dataclass
@@ -122,7 +127,7 @@ def view_start(op: Op, tensors: dict[str, Tensor]) -> int:
 
 def unpack_rows(weight: Constant) -> int:
     """Rows of a packed matrix that are unpacked at a time: four where they take at most UNPACK_BYTES."""
-    length = math.prod(weight.shape[1:])
+    length = math.prod(weight.shape[1:]) * UNPACKED_BYTES.get(weight.storage, 1)
     return 4 if 4 * length <= UNPACK_BYTES else 1
 
 
@@ -131,12 +136,13 @@ def scratch_bytes(op: Op) -> int:
     weight = getattr(op, "weight", None)
     if weight is None or weight.storage in DIRECT:
         return 0
+    size = UNPACKED_BYTES.get(weight.storage, 1)
     if isinstance(op, Accumulate):
-        return 0 if leaves_out_zeros(weight.storage) else int(weight.shape[0])
+        return 0 if leaves_out_zeros(weight.storage) else size * int(weight.shape[0])
     if isinstance(op, DepthwiseConv2d):
-        return math.prod(op.window.size) * DEPTHWISE_TILE
+        return size * math.prod(op.window.size) * DEPTHWISE_TILE
     assert isinstance(op, (MatMul, Conv2d))
-    return unpack_rows(weight) * math.prod(weight.shape[1:])
+    return size * unpack_rows(weight) * math.prod(weight.shape[1:])
 
 
 class _Planner:

@@ -251,6 +251,7 @@ class Accumulate(Op):
     def infer(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         memory, delta = tensors
         self.check(self.weight.values.ndim == 2, "weights are not [out, in]")
+        self.check(not self.weight.storage.startswith("masked"), f"storage {self.weight.storage} has no columns")
         outputs, width = self.weight.shape
         self.check(delta.shape == (width,), f"weights take {width} inputs, there are {delta.shape}")
         self.check(memory.shape == (outputs,), f"weights make {outputs} outputs, the memories are {memory.shape}")

@@ -56,12 +56,15 @@ class Tensor:
 # Bits that an element takes when it is stored packed. `int<b>` is two's complement; `odd<b>` holds k of the odd value
 # 2k + 1, k two's complement of b bits (half-integer grids such as +-0.5, +-1.5, at twice their value); binary = odd1,
 # -1 and +1; ternary -1, 0, +1, five values to a byte; power4 +-2^e, e = 0..7. `sparse<b>` holds a bit for every element, and
-# int<b> for those that are not zero: the bits here are those of an element that is zero. `balanced` and `groups`
+# int<b> for those that are not zero, in rows of one length; `masked<b>` and `maskedodd<b>` are the same of a whole matrix, with
+# int<b> or odd<b>, so that rows have lengths of their own. The bits here are those of an element that is zero. `balanced` and `groups`
 # (kestrel.lower.columns) are for the columns of Accumulate; an element that is left out takes no bits.
 STORAGE_BITS: dict[str, float] = {
     **{f"int{bits}": bits for bits in (*range(2, 9), 16, 32)},
     **{f"odd{bits}": bits for bits in range(2, 9)},
     **{f"sparse{bits}": 1 for bits in range(2, 9)},
+    **{f"masked{bits}": 1 for bits in range(2, 9)},
+    **{f"maskedodd{bits}": 1 for bits in range(2, 8)},
     "binary": 1,
     "ternary": 1.6,
     "power4": 4,
@@ -69,6 +72,8 @@ STORAGE_BITS: dict[str, float] = {
     GROUPS: 0,
 }
 COLUMN_STORAGES = (BALANCED, GROUPS)
+MASKED_ROWS = 16  # rows of a matrix in storage `masked<b>` after which the number of fields so far is stored (KESTREL_MASKED_ROWS)
+_MOST_FIELDS = (1 << 16) - 1  # that such a number counts
 
 
 def storage_of(values: np.ndarray, bits: int | None = None) -> str:
@@ -81,15 +86,24 @@ def storage_of(values: np.ndarray, bits: int | None = None) -> str:
 
 def leaves_out_zeros(storage: str) -> bool:
     """Whether elements that are zero take less than others."""
-    return storage in COLUMN_STORAGES or storage.startswith("sparse")
+    return storage in COLUMN_STORAGES or storage.startswith(("sparse", "masked"))
+
+
+def _odd_or_zero(values: np.ndarray) -> bool:
+    return bool(((values & 1) | (values == 0)).all())
 
 
 _NO_LETTERS = {ord(letter): None for letter in string.ascii_lowercase}
 
 
 def field_bits(storage: str) -> int:
-    """Bits of a stored field of `int<b>`, `odd<b>`, `sparse<b>` or the storages of columns."""
+    """Bits of a stored field of `int<b>`, `odd<b>`, `sparse<b>`, `masked<b>`, `maskedodd<b>` or the storages of columns."""
     return BITS if storage in COLUMN_STORAGES else int(storage.translate(_NO_LETTERS))
+
+
+def whole_bits(storage: str) -> int:
+    """Bits of two's complement that hold every value of a storage that has `field_bits`, but for `odd<b>` of k of 2k + 1."""
+    return field_bits(storage) + int(storage.startswith("maskedodd"))
 
 
 def sparse_row_bytes(values: np.ndarray, bits: int) -> int:
@@ -97,6 +111,12 @@ def sparse_row_bytes(values: np.ndarray, bits: int) -> int:
     rows, length = values.shape
     fields = int(np.count_nonzero(values, axis=1).max(initial=0)) if rows else 0
     return -(-length // 8) + -(-fields * bits // 8)
+
+
+def masked_bytes(values: np.ndarray, bits: int) -> int:
+    """Bytes of a matrix `values` [rows, length] in storage `masked<bits>` or `maskedodd<bits>`."""
+    starts = max(len(values) - 1, 0) // MASKED_ROWS
+    return 2 * starts + -(-values.size // 8) + -(-int(np.count_nonzero(values)) * bits // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +133,7 @@ class Constant:
         low, high = self.range_of(self.storage)
         fits = self.values.size == 0 or (self.values.min() >= low and self.values.max() <= high)
         odd = self.storage.startswith(("odd", "binary")) and not (self.values & 1).all()
+        odd |= self.storage.startswith("maskedodd") and not _odd_or_zero(self.values)
         magnitude = np.abs(self.values)
         power = self.storage == "power4" and ((magnitude & (magnitude - 1)) | (magnitude == 0)).any()
         if not fits or odd or power:
@@ -126,7 +147,7 @@ class Constant:
         if storage == "power4":
             return -128, 128
         low, high = twos_complement(field_bits(storage))
-        return (2 * low + 1, 2 * high + 1) if storage.startswith("odd") else (low, high)
+        return (2 * low + 1, 2 * high + 1) if storage.startswith(("odd", "maskedodd")) else (low, high)
 
     @classmethod
     def of(cls, values: np.ndarray, bits: int | None = None) -> Constant:
@@ -138,18 +159,27 @@ class Constant:
         """These values with their zeros left out where that makes them a quarter smaller, else as they are.
 
         `rows`: the values as C stores them, [rows, length]. For weights of few bits (`int2`..`int8`, `ternary`).
-        `columns`: `rows` are the columns of an `Accumulate`. Their storages `balanced` and `groups` are taken where they are
-        a quarter smaller than a dense one and no more than a quarter larger than `sparse<b>`: kernels are faster with them.
+        `columns`: `rows` are the columns of an `Accumulate`, which start where their number says. Their storages `balanced` and
+        `groups` are taken where they are a quarter smaller than a dense one and no more than a quarter larger than `sparse<b>`:
+        kernels are faster with them.
         """
         if self.storage not in {*(f"int{bits}" for bits in range(2, 9)), "ternary"}:
             return self
         bits = 2 if self.storage == "ternary" else field_bits(self.storage)
         dense = math.ceil(rows.shape[1] / 5) if self.storage == "ternary" else math.ceil(rows.shape[1] * bits / 8)
         sparse = sparse_row_bytes(rows, bits)
-        best = best_layout(rows) if columns else None
-        if best is not None and 4 * best.column_bytes <= min(3 * dense, 5 * sparse):
-            return Constant(self.values, best.storage)
-        return Constant(self.values, f"sparse{bits}") if 4 * sparse <= 3 * dense else self
+        if columns:
+            best = best_layout(rows)
+            if best is not None and 4 * best.column_bytes <= min(3 * dense, 5 * sparse):
+                return Constant(self.values, best.storage)
+            return Constant(self.values, f"sparse{bits}") if 4 * sparse <= 3 * dense else self
+        sizes = {f"sparse{bits}": len(rows) * sparse}
+        if self.storage != "ternary" and np.count_nonzero(rows) <= _MOST_FIELDS:
+            sizes[f"masked{bits}"] = masked_bytes(rows, bits)
+            if bits > 2 and _odd_or_zero(rows):
+                sizes[f"maskedodd{bits - 1}"] = masked_bytes(rows, bits - 1)
+        storage = min(sizes, key=lambda name: sizes[name])
+        return Constant(self.values, storage) if 4 * sizes[storage] <= 3 * len(rows) * dense else self
 
     @property
     def shape(self) -> Shape:

@@ -143,14 +143,15 @@ class Grid:
     def weight_codes(self, weight: Tensor, step: Tensor, mask: Tensor | None = None) -> WeightCodes:
         """What a device stores of `weight` with its `step`."""
         codes = self.codes(weight, shaped(step, weight))
-        pruned = False
+        pruned, kept = False, None
         if mask is not None:
             codes = codes * mask
             pruned = not self.has_zero and bool((codes == 0).any())
+            kept = "binary" if self.kind == "ternary" else self.storage(False)
         array = codes.cpu().numpy()
         storage = self.storage(pruned)
         kind = code_type(8 if abs(array).max(initial=0) <= 127 else 16)
-        return WeightCodes(array.astype(kind), step.detach().float().cpu().numpy(), self.bits, storage)
+        return WeightCodes(array.astype(kind), step.detach().float().cpu().numpy(), self.bits, storage, kept)
 
 
 def shaped(step: Tensor, weight: Tensor) -> Tensor:

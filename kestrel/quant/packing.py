@@ -5,6 +5,9 @@ significant bit first, with no gap between them; the unused bits of the last byt
 two's complement; a field of 1 bit holds the sign of a code that is -1 (bit set) or +1. Other storages (the names of
 kestrel.lower.tensor.STORAGE_BITS): `odd<b>` fields hold k of the code 2k + 1; `ternary` codes stand five to a byte, the first
 as the least significant digit of code + 1 in base 3; `power4` fields hold the exponent e of +-2^e, with the sign above it.
+
+Codes that pruning made zero can be left out: a bit for every code, set where it is not zero, then the codes that are not zero in
+their storage.
 """
 
 from __future__ import annotations
@@ -99,17 +102,39 @@ def unpack_storage(data: bytes, storage: str, count: int) -> np.ndarray:
     return (2 * codes.astype(np.int16) + 1) if storage.startswith("odd") else codes
 
 
+def pack_kept(codes: npt.ArrayLike, storage: str) -> bytes:
+    """Integer `codes` (any shape, row-major order) without their zeros, the others in `storage`.
+
+    Raises ValueError where one of them does not fit.
+    """
+    flat = np.asarray(codes).reshape(-1)
+    kept = flat != 0
+    return np.packbits(kept, bitorder="little").tobytes() + pack_storage(flat[kept], storage)
+
+
+def unpack_kept(data: bytes, storage: str, count: int) -> np.ndarray:
+    """The first `count` codes of `data`, the inverse of `pack_kept`: int8 or int16 [count]."""
+    size = -(-count // 8)
+    kept = np.unpackbits(np.frombuffer(data[:size], np.uint8), count=count, bitorder="little").astype(bool)
+    found = unpack_storage(data[size:], storage, int(kept.sum()))
+    codes = np.zeros(count, found.dtype)
+    codes[kept] = found
+    return codes
+
+
 @dataclass(frozen=True)
 class WeightCodes:
     """A weight array as integers: value = code * scale, with one scale for all or one per index of the first axis.
 
-    `storage` says how codes are packed; None = two's complement fields of `bits`, or signs at 1 bit.
+    `storage` says how codes are packed; None = two's complement fields of `bits`, or signs at 1 bit. `kept`: weights were
+    pruned, and this is the storage of codes that are not zero; zeros are left out where that takes fewer bytes.
     """
 
     codes: np.ndarray  # int8 or int16, the shape of the weights
     scale: np.ndarray  # float32 [1] or [first axis]
     bits: int
     storage: str | None = None
+    kept: str | None = None
 
     @property
     def stored_as(self) -> str:
@@ -123,8 +148,16 @@ class WeightCodes:
         scale = self.scale.reshape((-1,) + (1,) * (self.codes.ndim - 1)) if self.codes.ndim else self.scale[0]
         return (self.codes.astype(np.float32) * scale).astype(np.float32)
 
+    @property
+    def leaves_out_zeros(self) -> bool:
+        """Whether the codes are stored without their zeros."""
+        return self.kept is not None and len(pack_kept(self.codes, self.kept)) < len(self._dense())
+
     def packed(self) -> bytes:
         """The codes at their bits, as stored."""
+        return pack_kept(self.codes, self.kept) if self.kept is not None and self.leaves_out_zeros else self._dense()
+
+    def _dense(self) -> bytes:
         return pack(self.codes, self.bits) if self.storage is None else pack_storage(self.codes, self.storage)
 
     def scale_bytes(self) -> bytes:

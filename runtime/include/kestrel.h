@@ -67,17 +67,24 @@ enum {
     KESTREL_BALANCED, /* int8 values [K][lanes], then local rows [K][lanes]: value (k, lane) belongs to output
                          local * lanes + lane. Local rows have 8 bits, or where outputs / lanes > 256 16 bits, all low
                          bytes in front of all high ones. What pads a lane is a value 0 */
-    KESTREL_GROUPS    /* a byte for each group of `lanes` outputs that is kept, its number; then their int8 values */
+    KESTREL_GROUPS,   /* a byte for each group of `lanes` outputs that is kept, its number; then their int8 values */
+    /* Not for kestrel_accumulate. A matrix in one piece: a bit for every element, set where it is not zero, then fields of
+     * `field_bits` of those; rows do not start at a byte. In front of it, uint16, low byte first, lies the number of fields of all
+     * rows before row 16 k, k = 1, 2, ..., that of k at data - 2 k. */
+    KESTREL_MASKED,      /* two's complement fields */
+    KESTREL_MASKED_ODD,  /* fields that hold k of the value 2k + 1 */
+    KESTREL_POWER     /* rows of +-2^e, 2 to a byte: e in 3 bits, the sign above it; `bits` = 16 */
 };
+#define KESTREL_MASKED_ROWS 16
 
 typedef struct {
     const void *data;
     uint8_t kind;
     uint8_t bits;        /* of an element behind unpacking: 8, 16 or 32 */
-    uint8_t field_bits;  /* KESTREL_FIELDS, KESTREL_ODD, KESTREL_SPARSE */
+    uint8_t field_bits;  /* KESTREL_FIELDS, KESTREL_ODD, KESTREL_SPARSE, KESTREL_MASKED, KESTREL_MASKED_ODD */
     uint8_t lanes;       /* KESTREL_BALANCED, KESTREL_GROUPS */
-    int32_t row_bytes;   /* from one row to the next */
-    int32_t bitmap_bytes;  /* KESTREL_SPARSE: where the fields of a row begin */
+    int32_t row_bytes;   /* from one row to the next; KESTREL_MASKED, KESTREL_MASKED_ODD: elements of a row */
+    int32_t bitmap_bytes;  /* KESTREL_SPARSE: where the fields of a row begin; KESTREL_MASKED, KESTREL_MASKED_ODD: of the matrix */
 } kestrel_weights;
 
 /* Where a kernel is applied to an image; outside the image values are 0. */

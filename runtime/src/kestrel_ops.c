@@ -286,6 +286,15 @@ static void unpack4(int8_t *restrict out, const uint8_t *restrict data, int32_t 
     }
 }
 
+/* Signed powers of two, to int16. */
+static void unpack_power(int16_t *restrict out, const uint8_t *restrict data, int32_t count) {
+    int32_t i;
+    for (i = 0; i < count; i++) {
+        const int field = data[i / 2] >> 4 * (i & 1), power = 1 << (field & 7);
+        out[i] = (int16_t)(field & 8 ? -power : power);
+    }
+}
+
 static void unpack2(int8_t *restrict out, const uint8_t *restrict data, int32_t count) {
     int32_t i;
     for (i = 0; i < count / 4; i++) {
@@ -352,26 +361,49 @@ static void unpack_fields(int8_t *restrict out, const uint8_t *restrict data, in
 }
 
 /* Elements first .. first + count - 1 of a row whose zeros are left out. */
-static void unpack_sparse(int8_t *restrict out, const uint8_t *restrict bitmap, const uint8_t *restrict data,
-                          int32_t first, int32_t count, int bits) {
+static void unpack_sparse(int8_t *restrict out, const kestrel_weights *w, int32_t row, int32_t first, int32_t count) {
+    const int bits = w->field_bits, odd = w->kind == KESTREL_MASKED_ODD;
     const uint32_t mask = ((uint32_t)1 << bits) - 1, sign = (uint32_t)1 << (bits - 1);
-    uint32_t window = 0;
-    int32_t i;
-    int held = 0;
-    for (i = 0; i < first + count; i++) {
+    const uint8_t *restrict bitmap = w->data, *restrict fields;
+    uint32_t before = 0, window = 0;
+    int32_t i, held = 0;
+    if (w->kind == KESTREL_SPARSE) {
+        bitmap += (ptrdiff_t)row * w->row_bytes;
+        fields = bitmap + w->bitmap_bytes;
+    } else {
+        const int32_t block = row / KESTREL_MASKED_ROWS;
+        fields = bitmap + w->bitmap_bytes;
+        if (block) {
+            before = bitmap[-2 * block] | (uint32_t)bitmap[-2 * block + 1] << 8;
+        }
+        bitmap += (ptrdiff_t)block * (KESTREL_MASKED_ROWS / 8) * w->row_bytes;
+        first += row % KESTREL_MASKED_ROWS * w->row_bytes;
+    }
+    for (i = 0; i < first; i += 8) {
+        uint32_t byte = bitmap[i >> 3];
+        byte &= first - i < 8 ? (1u << (first & 7)) - 1 : 255u;
+        for (; byte; byte &= byte - 1) {
+            before++;
+        }
+    }
+    before *= (uint32_t)bits;
+    fields += before / 8;
+    if (before & 7) {
+        window = (uint32_t)*fields++ >> (before & 7);
+        held = 8 - (int32_t)(before & 7);
+    }
+    for (i = first; i < first + count; i++) {
         int32_t value = 0;
         if (bitmap[i >> 3] >> (i & 7) & 1) {
             if (held < bits) {
-                window |= (uint32_t)*data++ << held;
+                window |= (uint32_t)*fields++ << held;
                 held += 8;
             }
-            value = (int32_t)((window & mask) ^ sign) - (int32_t)sign;
+            value = ((int32_t)((window & mask) ^ sign) - (int32_t)sign) * (1 + odd) + odd;
             window >>= bits;
             held -= bits;
         }
-        if (i >= first) {
-            out[i - first] = (int8_t)value;
-        }
+        *out++ = (int8_t)value;
     }
 }
 
@@ -384,6 +416,9 @@ static const void *weight_row(const kestrel_weights *w, int32_t row, int32_t fir
     case KESTREL_INT4:
         unpack4(scratch, data + first / 2, count);
         break;
+    case KESTREL_POWER:
+        unpack_power(scratch, data + first / 2, count);
+        break;
     case KESTREL_INT2:
         unpack2(scratch, data + first / 4, count);
         break;
@@ -394,7 +429,9 @@ static const void *weight_row(const kestrel_weights *w, int32_t row, int32_t fir
         unpack_binary(scratch, data + first / 8, count);
         break;
     case KESTREL_SPARSE:
-        unpack_sparse(scratch, data, data + w->bitmap_bytes, first, count, w->field_bits);
+    case KESTREL_MASKED:
+    case KESTREL_MASKED_ODD:
+        unpack_sparse(scratch, w, row, first, count);
         break;
     default:
         unpack_fields(scratch, data + first / 8 * w->field_bits, count, w->field_bits, w->kind == KESTREL_ODD);
@@ -489,7 +526,7 @@ static const void *weight_rows(const kestrel_weights *w, int32_t first, int32_t 
     }
     *stride = length;
     for (row = 0; row < count; row++) {
-        weight_row(w, first + row, 0, length, (int8_t *)scratch + (ptrdiff_t)row * length);
+        weight_row(w, first + row, 0, length, (int8_t *)scratch + (ptrdiff_t)row * length * (w->bits / 8));
     }
     return scratch;
 }
@@ -724,14 +761,14 @@ void kestrel_conv(const kestrel_conv_op *op, void *y, const void *x, void *scrat
 
 void kestrel_depthwise(const kestrel_depthwise_op *op, void *y, const void *x, void *scratch) {
     const kestrel_window *const g = &op->window;
-    const int32_t places = g->size_y * g->size_x;
+    const int32_t places = g->size_y * g->size_x, bytes = op->weights.bits / 8;
     product *const each = product_each(op->x_bits, op->weights.bits);
     int32_t sums[KESTREL_DEPTHWISE_TILE], c, count, row, column, i, j;
     for (c = 0; c < g->channels; c += count) {
         count = smaller(KESTREL_DEPTHWISE_TILE, g->channels - c);
         if (op->weights.kind != KESTREL_DIRECT) {
             for (i = 0; i < places; i++) {
-                weight_row(&op->weights, i, c, count, (int8_t *)scratch + i * KESTREL_DEPTHWISE_TILE);
+                weight_row(&op->weights, i, c, count, (int8_t *)scratch + i * KESTREL_DEPTHWISE_TILE * bytes);
             }
         }
         for (row = 0; row < g->out_height; row++) {
@@ -750,7 +787,7 @@ void kestrel_depthwise(const kestrel_depthwise_op *op, void *y, const void *x, v
                         const int32_t at = ((top + i) * g->width + left + j) * g->channels + c, place = i * g->size_x + j;
                         const void *const w = op->weights.kind == KESTREL_DIRECT
                                                   ? weight_row(&op->weights, place, c, count, NULL)
-                                                  : (const int8_t *)scratch + place * KESTREL_DEPTHWISE_TILE;
+                                                  : (const int8_t *)scratch + place * KESTREL_DEPTHWISE_TILE * bytes;
                         each(sums, element(x, op->x_bits, at), w, 0, count);
                     }
                 }

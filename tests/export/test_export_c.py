@@ -35,7 +35,7 @@ from kestrel.lower.memory import plan_memory, replaced_states
 from kestrel.lower.ops import PRODUCTS, Accumulate, ArgMax, MatMul, Requantise, Reshape
 from kestrel.lower.rnn import Thresholds
 from kestrel.lower.spotter import lower
-from kestrel.lower.tensor import Constant, Tensor
+from kestrel.lower.tensor import Constant, Tensor, leaves_out_zeros, whole_bits
 from kestrel.models.quant_net import LowBitPlan, QuantNet
 from kestrel.models.spotter import KeywordSpotter
 from kestrel.nn.cbtd import Balance, target_mask
@@ -539,11 +539,11 @@ def test_pruned_columns_hold_what_was_kept(name: str, storage: str, column: int)
 def test_zeros_take_no_bytes_of_weights(name: str) -> None:
     sparse = GRAPHS[name]()
     stored = [op.weight.storage for op, _ in sparse.all_ops() if isinstance(op, PRODUCTS)]
-    assert any(storage.startswith("sparse") for storage in stored)
+    assert any(storage.startswith(("sparse", "masked")) for storage in stored)
     bytes_sparse = generate(sparse).sections["weights"]
     for program in (sparse, *(op.body for op in sparse.ops if isinstance(op, Scan))):
         for place, op in enumerate(program.ops):
-            if isinstance(op, PRODUCTS) and op.weight.storage.startswith("sparse"):
-                dense = Constant(op.weight.values, f"int{op.weight.storage[-1]}")
+            if isinstance(op, PRODUCTS) and leaves_out_zeros(op.weight.storage):
+                dense = Constant(op.weight.values, f"int{whole_bits(op.weight.storage)}")
                 program.ops[place] = dataclasses.replace(op, weight=dense)
     assert bytes_sparse < 0.75 * generate(sparse).sections["weights"]

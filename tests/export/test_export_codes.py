@@ -2,11 +2,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
+from quant_kit import LowBitNet, trained
 from score_kit import spotter
 
 from kestrel.export.codes import code_arrays, write_npz, write_packed
 from kestrel.models.inventory import other_parameters, weight_codes
-from kestrel.quant.packing import SCALE_BYTES, WeightCodes, unpack
+from kestrel.models.quant_net import LowBitPlan
+from kestrel.quant.packing import SCALE_BYTES, WeightCodes, unpack, unpack_kept, unpack_storage
 
 
 def test_npz_bytes_depend_on_names_and_values_alone(tmp_path):
@@ -47,6 +50,27 @@ def test_packed_weights_can_be_read_back_from_the_sections_alone(tmp_path, quant
         largest = np.abs(trained[place.name]).max()
         assert place.largest_error <= (largest / 62 if quant_w is None else 1e-6)
     assert end == len(data) == sum(group.stored_bytes for group in codes.values())
+
+
+@pytest.mark.parametrize("grid", ["8bit", "4bitsym", "ternary"])
+def test_pruned_weights_take_the_bytes_of_those_that_are_kept(tmp_path, grid):
+    sizes, counts = {}, {}
+    for share in (0.0, 0.6):
+        torch.manual_seed(4)
+        net = trained(LowBitNet(LowBitPlan(grid, prune=share, prune_not=("first",))))
+        codes = weight_codes(net, 8)
+        given = {group.name: group.tensor.numpy() for group in net.weight_groups()}
+        places = write_packed(tmp_path / "weights.bin", codes, given)
+        data = (tmp_path / "weights.bin").read_bytes()
+        sizes[share] = len(data)
+        assert len(data) == sum(group.stored_bytes for group in codes.values())
+        for place in places:
+            packed, count = data[place.offset : place.offset + place.code_bytes], int(np.prod(place.shape))
+            read = unpack_kept if place.zeros_left_out else unpack_storage
+            assert (read(packed, place.storage, count) == codes[place.name].codes.reshape(-1)).all()
+        counts[share] = {place.name for place in places if place.zeros_left_out}
+    assert not counts[0.0] and counts[0.6] and "first.weight" not in counts[0.6]
+    assert sizes[0.6] < sizes[0.0]
 
 
 def test_code_arrays_hold_all_that_the_network_is_made_of():

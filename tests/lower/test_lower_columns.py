@@ -11,7 +11,7 @@ from kestrel.errors import KestrelError
 from kestrel.export.c_pack import Packed, pack_rows
 from kestrel.lower.columns import balanced_layout, best_layout, groups_layout, layout_of
 from kestrel.lower.ops import Accumulate, MatMul
-from kestrel.lower.tensor import Constant, Tensor, leaves_out_zeros
+from kestrel.lower.tensor import Constant, Tensor, leaves_out_zeros, sparse_row_bytes
 
 
 def columns(rng: np.random.Generator, rows: int, count: int, share: float, group: int = 1) -> np.ndarray:
@@ -84,7 +84,7 @@ def test_the_weights_decide_how_columns_are_stored(share: float, storage: str) -
     values = columns(np.random.default_rng(3), 512, 33, share)
     weight = Constant(values.T, "int8")
     assert weight.compact(values, columns=True).storage == storage
-    assert weight.compact(values).storage == ("int8" if share > 0.5 else "sparse8")  # of other products
+    assert weight.compact(values).storage == ("int8" if share > 0.5 else "masked8")  # of other products
     assert leaves_out_zeros(storage) == (storage != "int8")
 
 
@@ -92,9 +92,24 @@ def test_ternary_columns_are_stored_by_size_too() -> None:
     values = np.sign(columns(np.random.default_rng(4), 512, 20, 0.02))
     weight = Constant(values.T, "ternary")
     found = weight.compact(values, columns=True)
-    bitmap = weight.compact(values)
-    assert (found.storage, bitmap.storage) == ("balanced", "sparse2")
-    assert pack_rows(values, found.storage).row_bytes <= 1.25 * pack_rows(values, bitmap.storage).row_bytes
+    assert found.storage == "balanced"
+    assert pack_rows(values, found.storage).row_bytes <= 1.25 * pack_rows(values, "sparse2").row_bytes
+    assert weight.compact(values).storage == "sparse2"
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(1, 40), st.integers(1, 12))
+def test_columns_keep_a_place_that_follows_from_their_number(seed: int, share: float, rows: int, count: int) -> None:
+    values = columns(np.random.default_rng(seed), rows, count, share)
+    found = Constant(values.T, "int8").compact(values, columns=True).storage
+    assert found in ("int8", "sparse8", "balanced", "groups")
+    assert found != "sparse8" or sparse_row_bytes(values, 8) <= 0.75 * rows
+
+
+def test_masked_matrices_have_no_columns() -> None:
+    weight = Constant(np.ones((2, 3), np.int64), "masked8")
+    memory, change = Tensor((2,), -9, 9), Tensor((3,), -1, 1)
+    with pytest.raises(KestrelError, match="no columns"):
+        Accumulate(inputs=("m", "d"), outputs=("y",), weight=weight).infer(memory, change)
 
 
 def test_a_column_without_weights_is_stored() -> None:

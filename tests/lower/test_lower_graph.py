@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kestrel.errors import KestrelError
+from kestrel.export.c_pack import pack_rows
 from kestrel.lower.graph import IntegerGraph, Mismatch, Program, Scan, State, calibrated_scale, input_codes
 from kestrel.lower.ops import Accumulate, AddRequantise, DeltaUpdate, MatMul, Multiply, Requantise
 from kestrel.lower.tensor import Constant, Tensor
@@ -233,8 +234,13 @@ def test_zeros_are_left_out_where_it_pays(seed: int, bits: int, share: float, ro
     values = np.where(rng.random((rows, length)) < share, 0, rng.integers(low, high + 1, (rows, length)))
     constant = Constant(values, f"int{bits}")
     found = constant.compact(values)
-    most = max(np.count_nonzero(values, axis=1))
-    small, dense = math.ceil(length / 8) + math.ceil(most * bits / 8), math.ceil(length * bits / 8)
-    assert found.storage == (f"sparse{bits}" if small <= 0.75 * dense else f"int{bits}")
+    sizes = {storage: pack_rows(values, storage).array.nbytes for storage in (f"sparse{bits}", f"masked{bits}")}
+    if bits > 2 and (values[values != 0] % 2).all():
+        sizes[f"maskedodd{bits - 1}"] = pack_rows(values, f"maskedodd{bits - 1}").array.nbytes
+    dense = rows * math.ceil(length * bits / 8)
+    if found.storage == constant.storage:
+        assert min(sizes.values()) > 3 / 4 * dense
+    else:
+        assert sizes[found.storage] == min(sizes.values()) <= 3 / 4 * dense
     np.testing.assert_array_equal(found.values, values)
     assert Constant(values, "int16").compact(values).storage == "int16"

@@ -11,7 +11,7 @@ import torch
 from kestrel.errors import UsageError
 from kestrel.lower.tensor import STORAGE_BITS, Constant
 from kestrel.quant.low_bit import NAMES, SCALES, Grid, check_grid, fake_quantise, shaped
-from kestrel.quant.packing import WeightCodes, pack_storage, unpack_storage
+from kestrel.quant.packing import WeightCodes, pack_storage, unpack_kept, unpack_storage
 
 LEVELS = {
     "2bit": [-1, 0, 1],
@@ -143,7 +143,16 @@ def test_pruned_weights_are_real_zeros_in_storage(name: str) -> None:
     assert (stored.codes[~mask.numpy()] == 0).all()
     assert (stored.codes == 0).mean() >= 0.3
     Constant(stored.codes, stored.stored_as)
-    assert (unpack_storage(stored.packed(), stored.stored_as, stored.codes.size) == stored.codes.reshape(-1)).all()
+    assert stored.leaves_out_zeros and stored.kept is not None
+    assert (unpack_kept(stored.packed(), stored.kept, stored.codes.size) == stored.codes.reshape(-1)).all()
+    kept, size = np.count_nonzero(stored.codes), stored.codes.size
+    bits = 1 if name == "ternary" else grid.bits
+    assert len(stored.packed()) == -(-size // 8) + -(-kept * bits // 8)  # a bit each, and those that are kept
+    dense = len(grid.weight_codes(w, grid.step(w)).packed())
+    assert (
+        len(grid.weight_codes(w, grid.step(w), torch.ones_like(mask)).packed()) <= dense
+    )  # never more with nothing pruned
+    assert len(stored.packed()) < dense or name == "binary"  # whose codes take no more than the bit
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,10 +26,10 @@ def constant(rng: np.random.Generator, shape: tuple[int, ...], storage: str, mos
     flat = values.reshape(-1)
     if flat.size > 1:
         flat[0], flat[-1] = low, high
-    if storage.startswith("sparse"):
-        values = np.where(rng.random(shape) < 0.8, 0, values)
-    if storage.startswith(("odd", "binary")):
+    if storage.startswith(("odd", "binary", "maskedodd")):
         values = np.where(values & 1, values, np.where(values >= high, values - 1, values + 1))
+    if storage.startswith(("sparse", "masked")):
+        values = np.where(rng.random(shape) < 0.8, 0, values)
     if storage == "power4":  # the power of two at or below the magnitude, 1 for 0
         values = np.where(values < 0, -1, 1) * 2 ** np.log2(np.maximum(np.abs(values), 1)).astype(np.int64)
     return Constant(values, storage)

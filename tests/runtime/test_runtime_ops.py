@@ -20,6 +20,7 @@ from kestrel.export.c_files import RUNTIME, write_c
 from kestrel.export.c_model import generate
 from kestrel.export.c_pack import pack_rows
 from kestrel.lower.graph import IntegerGraph
+from kestrel.lower.tensor import masked_bytes
 
 pytestmark = needs_compiler
 ISAS = ("portable", "avx2", "avx512")  # what the processor lacks falls back to less
@@ -189,7 +190,7 @@ def test_logits_come_clip_by_clip(tmp_path: Path) -> None:
 def test_packed_rows_hold_their_values(seed: int, storage: str, rows: int, length: int) -> None:
     values = graph_kit.constant(np.random.default_rng(seed), (rows, length), storage).values
     packed = pack_rows(values, storage)
-    np.testing.assert_array_equal(_unpacked(packed, length), values)
+    np.testing.assert_array_equal(_unpacked(packed, length)[:rows], values)
     if packed.kind == "KESTREL_TERNARY":
         assert packed.row_bytes == -(-length // 5)
 
@@ -198,7 +199,11 @@ def _unpacked(packed, length: int) -> np.ndarray:
     """Written from kestrel.h, value by value."""
     if packed.kind == "KESTREL_DIRECT":
         return packed.array.astype(np.int64)
-    bits = {"KESTREL_INT4": 4, "KESTREL_INT2": 2, "KESTREL_BINARY": 1}.get(packed.kind, packed.field_bits)
+    if packed.kind.startswith("KESTREL_MASKED"):
+        return _unmasked(packed, length)
+    bits = {"KESTREL_POWER": 4, "KESTREL_INT4": 4, "KESTREL_INT2": 2, "KESTREL_BINARY": 1}.get(
+        packed.kind, packed.field_bits
+    )
     found = []
     for row in packed.array:
         if packed.kind == "KESTREL_TERNARY":
@@ -218,12 +223,38 @@ def _unpacked(packed, length: int) -> np.ndarray:
             continue
         number = int.from_bytes(row.tobytes(), "little")
         fields = [number >> bits * i & (1 << bits) - 1 for i in range(length)]
+        if packed.kind == "KESTREL_POWER":
+            found.append([(-1) ** (field >> 3) * 2 ** (field & 7) for field in fields])
+            continue
         if packed.kind == "KESTREL_BINARY":
             found.append([1 - 2 * field for field in fields])
             continue
         signed = [field - (1 << bits) if field >> bits - 1 else field for field in fields]
         found.append([2 * k + 1 for k in signed] if packed.kind == "KESTREL_ODD" else signed)
     return np.array(found)
+
+
+def _unmasked(packed, length: int) -> np.ndarray:
+    data, bits = packed.array.reshape(-1)[packed.start :].tobytes(), packed.field_bits
+    bitmap, fields = data[: packed.bitmap_bytes], int.from_bytes(data[packed.bitmap_bytes :], "little")
+    set_ = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")
+    found = []
+    for used in set_[: len(set_) // length * length]:
+        field = fields & (1 << bits) - 1 if used else 0
+        fields >>= bits * int(used)
+        value = field - (1 << bits) * (field >> bits - 1)
+        found.append(2 * value + 1 if used and packed.kind.endswith("ODD") else value)
+    return np.array(found).reshape(-1, length)
+
+
+@pytest.mark.parametrize("storage", ["masked8", "masked3", "maskedodd4", "maskedodd2"])
+def test_rows_of_a_masked_matrix_are_counted_from_every_sixteenth(storage: str) -> None:
+    values = graph_kit.constant(np.random.default_rng(1), (53, 37), storage).values
+    packed = pack_rows(values, storage)
+    before = [int(np.count_nonzero(values[:row])) for row in (16, 32, 48)]
+    data = packed.array.reshape(-1)
+    assert [int.from_bytes(data[packed.start - 2 * k :][:2].tobytes(), "little") for k in (1, 2, 3)] == before
+    assert data.size == masked_bytes(values, packed.field_bits)
 
 
 def test_kernels_use_neither_heap_nor_floating_point(tmp_path: Path) -> None:
