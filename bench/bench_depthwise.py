@@ -3,8 +3,8 @@
     python bench/bench_depthwise.py [--batch 100 --threads 1 --rounds 7]
 
 Variants take turns in every round; ratios are medians of the ratios within a round, to PyTorch's contiguous default.
-With --threads 1 processor time is measured, which other programs change less. `toeplitz` and `channels_last` are always
-that way; `here` is what kestrel.nn.depthwise chooses, for an image that comes in the layout that it made before.
+With --threads 1 processor time is measured, which other programs change less. `toeplitz` is what kestrel.nn.depthwise does
+with small maps where the native kernels are not built, `here` are these, for an image that comes in their layout.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from kestrel.nn.channel_major import channels_last
-from kestrel.nn.depthwise import depthwise_conv2d, output_size, takes_toeplitz, toeplitz_conv2d
+from kestrel.nn.channel_major import batch_last, channels_last
+from kestrel.nn.depthwise import depthwise_conv2d, output_size, toeplitz_conv2d
+from kestrel.train.device import keep_memory
 
 # (channels, height, width, kernel, stride): the search space of proxylessnas_kws at widths 0.75, 1 and expansion 6
 SIZES = (
@@ -47,12 +48,11 @@ def steps(
     def torch_conv(y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return functional.conv2d(y, w, None, s, p, 1, channels)
 
-    mine = major if takes_toeplitz((height, width), (kernel, kernel)) else channels_last
     ways: dict[str, tuple[Callable, Callable]] = {
         "contiguous": (torch.Tensor.contiguous, torch_conv),
         "channels_last": (channels_last, torch_conv),
         "toeplitz": (major, lambda y, w: toeplitz_conv2d(y, w, s, p)),
-        "here": (mine, lambda y, w: depthwise_conv2d(y, w, s, p)),
+        "here": (batch_last, lambda y, w: depthwise_conv2d(y, w, s, p)),
     }
 
     def step(layout: Callable, apply: Callable) -> Callable[[], None]:
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_memory()  # as in training: else all variants wait for fresh pages
     clock = time.process_time if args.threads == 1 else time.perf_counter
     print(
         f"torch {torch.__version__}, batch {args.batch}, {args.threads} thread(s), {args.rounds} rounds, forward + backward"

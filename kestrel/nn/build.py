@@ -1,4 +1,4 @@
-"""Build of the native LSTM: `python -m kestrel.nn.build` (part of the set-up; it never fails, it reports one line).
+"""Build of the native kernels: `python -m kestrel.nn.build` (part of the set-up; it never fails, it reports one line).
 
 The library is kept under the hash of its source, its compiler flags and torch's version, inside the virtual environment
 or else in the user's cache folder, so that a changed source or torch finds no stale one.
@@ -21,9 +21,8 @@ import torch
 from kestrel.errors import KestrelError
 from kestrel.store.atomic import atomic_path
 
-SOURCE = Path(__file__).parent / "csrc" / "quant_lstm.cpp"
-SOURCES = (SOURCE, SOURCE.with_name("quant_lstm_loops.inc"))
-LIBRARY = "quant_lstm.so"
+SOURCES = tuple(sorted((Path(__file__).parent / "csrc").iterdir()))  # *.cpp, and *.inc that they include
+LIBRARY = "native.so"
 FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-shared"),
     # No contraction into fused multiply-adds: the same rounding as PyTorch's operators, on every processor.
@@ -63,9 +62,10 @@ def _command(cxx: str, output: Path, options: tuple[str, ...]) -> list[str]:
     macos = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
     abi = int(torch.compiled_with_cxx11_abi())
     include, lib = root / "include", root / "lib"
+    units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
     return [
         *(cxx, *FLAGS, *options, *macos, f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
-        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}", str(SOURCE), "-o", str(output)),
+        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}", *units, "-o", str(output)),
         *(f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-lc10"),
     ]
 
@@ -118,9 +118,11 @@ def main() -> int:
     try:
         known = find()
         path = known or build()
-        print(f"native LSTM: {'ready' if known else f'built in {time.perf_counter() - start:.0f} s'} ({path.parent})")
+        print(
+            f"native kernels: {'ready' if known else f'built in {time.perf_counter() - start:.0f} s'} ({path.parent})"
+        )
     except (KestrelError, OSError) as error:
-        print(f"native LSTM: not built, the pure PyTorch path will be used ({error})")
+        print(f"native kernels: not built, the pure PyTorch path will be used ({error})")
     return 0
 
 

@@ -32,9 +32,28 @@ def is_batch_last(x: Tensor) -> bool:
     return x.permute(1, 2, 3, 0).is_contiguous()
 
 
+class _SteadyGradient(torch.autograd.Function):
+    """x; its gradient in the layout of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.channels_last = not x.is_contiguous()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return channels_last(grad) if ctx.channels_last else grad.contiguous()
+
+
 def batch_last(x: Tensor) -> Tensor:
-    """[B, C, H, W] with its elements in the order C, H, W, B."""
-    return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    """[B, C, H, W] with its elements in the order C, H, W, B; the gradient comes back in the layout of `x`.
+
+    Batch normalisation of PyTorch takes a gradient of another layout than its input several times slower.
+    """
+    if is_batch_last(x):
+        return x
+    steady: Tensor = _SteadyGradient.apply(x) if x.requires_grad else x
+    return steady.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
 def channel_rows(x: Tensor) -> Tensor:
@@ -101,37 +120,28 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 class _GlobalMean(torch.autograd.Function):
-    """[C, B, H W] -> [B, C]; the gradient lies like the input, where that of `mean` has clips outside."""
+    """Mean over `axis` of three, [C, B, H W] or [C, H W, B] -> [B, C]; the gradient lies like the input, where that of `mean`
+    has clips outside."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.shape = rows.shape
-        return rows.mean(2).t().contiguous()
+    def forward(ctx: Any, rows: Tensor, axis: int) -> Tensor:
+        ctx.shape, ctx.axis = rows.shape, axis
+        return rows.mean(axis).t().contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return (grad / ctx.shape[2]).t().unsqueeze(2).expand(ctx.shape).contiguous()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad / ctx.shape[ctx.axis]).t().unsqueeze(ctx.axis).expand(ctx.shape).contiguous(), None
 
 
 def global_mean(x: Tensor) -> Tensor:
     """Mean of each map: [B, C, H, W] -> [B, C]."""
     if fast_layouts(x) and is_channel_major(x):
-        made: Tensor = _GlobalMean.apply(channel_rows(x))
+        made: Tensor = _GlobalMean.apply(channel_rows(x), 2)
+        return made
+    if fast_layouts(x) and is_batch_last(x):
+        made = _GlobalMean.apply(x.permute(1, 2, 3, 0).flatten(1, 2), 1)
         return made
     return x.mean((2, 3))
-
-
-class _SteadyGradient(torch.autograd.Function):
-    """x; its gradient in the layout of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.channels_last = not x.is_contiguous()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return channels_last(grad) if ctx.channels_last else grad.contiguous()
 
 
 def _steady(x: Tensor) -> Tensor:

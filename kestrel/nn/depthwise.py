@@ -1,13 +1,17 @@
 """Convolutions of small maps on the CPU, above all depthwise ones.
 
-PyTorch computes a depthwise convolution of small maps several times slower than a matrix product of the same size. A
-map of few positions is therefore taken as a vector and the kernel of a channel as a Toeplitz matrix T [H W, h w], so
-that all clips of a channel are one product: Y[c] = X[c] T(w[c]). Its work grows with the area of the map, that of a
-convolution with the area of the kernel, so larger maps go through PyTorch in its channels-last layout.
+PyTorch computes a depthwise convolution of small maps many times slower than a matrix product of the same size. The
+native kernels (kestrel/nn/csrc/depthwise.cpp) take images whose clips lie innermost: a kernel element then multiplies a
+row of numbers, and places outside the image are left out.
+
+Where they are not built, a map of few positions is taken as a vector and the kernel of a channel as a Toeplitz matrix
+T [H W, h w], so that all clips of a channel are one product: Y[c] = X[c] T(w[c]). Its work grows with the area of the map,
+that of a convolution with the area of the kernel, so larger maps go through PyTorch in its channels-last layout.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import lru_cache
 from typing import Any
 
@@ -15,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kestrel.nn import native
 from kestrel.nn.channel_major import (
     Pair,
+    batch_last,
     channel_rows,
     channels_last,
     fast_layouts,
@@ -28,6 +34,7 @@ from kestrel.nn.channel_major import (
 
 # A matrix product does about this many more multiply-adds in the same time as a channels-last convolution.
 TOEPLITZ_ADVANTAGE = 5.0
+FEWEST_CLIPS = 16  # of a native kernel: the floats of its widest register
 LARGEST_KERNEL = (7, 7)  # that a depthwise convolution is likely to have
 
 
@@ -40,6 +47,65 @@ def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
 def takes_toeplitz(size: Pair, kernel: Pair) -> bool:
     """Whether a map of this size and kernel is faster as a Toeplitz product."""
     return size[0] * size[1] <= TOEPLITZ_ADVANTAGE * kernel[0] * kernel[1]
+
+
+def takes_native(x: Tensor) -> bool:
+    """Whether the depthwise convolutions of [B, C, H, W] go through the native kernels, batch last in memory."""
+    return fast_layouts(x) and x.dtype == torch.float32 and x.shape[0] >= FEWEST_CLIPS and native.available()
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """[B, C, H, W] as depthwise convolutions take it, where a network begins."""
+    return batch_last(x) if takes_native(x) else x
+
+
+class Shape(ctypes.Structure):
+    """Mirrors `struct Shape` of the source."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("channels", "batch", "height", "width", "out_height", "out_width", "results"),
+            *("kernel_height", "kernel_width", "stride_height", "stride_width", "pad_height", "pad_width"),
+        )
+    ]
+
+
+class _NativeDepthwise(torch.autograd.Function):
+    """Image [C, H, W, B] and kernel [C results, kh, kw] -> [C results, h, w, B]."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, kernel: Tensor, shape: Shape) -> Tensor:
+        image, kernel = image.contiguous(), kernel.contiguous()
+        ctx.save_for_backward(image, kernel)
+        ctx.shape = shape
+        made = image.new_empty(shape.channels, shape.out_height, shape.out_width, shape.batch)
+        native.kernels().kestrel_depthwise(ctypes.byref(shape), image.data_ptr(), kernel.data_ptr(), made.data_ptr())
+        return made
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        image, kernel = ctx.saved_tensors
+        library, shape, grad = native.kernels(), ctypes.byref(ctx.shape), grad.contiguous()
+        to_image = to_kernel = None
+        if ctx.needs_input_grad[0]:
+            to_image = image.new_empty(len(kernel), *image.shape[1:])
+            library.kestrel_depthwise_to_image(shape, grad.data_ptr(), kernel.data_ptr(), to_image.data_ptr())
+            if len(kernel) > len(image):
+                to_image = to_image.unflatten(0, (len(image), -1)).sum(1)
+        if ctx.needs_input_grad[1]:
+            to_kernel = torch.empty_like(kernel)
+            library.kestrel_depthwise_to_kernel(shape, grad.data_ptr(), image.data_ptr(), to_kernel.data_ptr())
+        return to_image, to_kernel, None
+
+
+def _native_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    size, kernel = (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3])
+    channels, result = len(weight), output_size(size, kernel, stride, padding)
+    shape = Shape(channels, x.shape[0], *size, *result, channels // x.shape[1], *kernel, *stride, *padding)
+    made: Tensor = _NativeDepthwise.apply(x.permute(1, 2, 3, 0), weight[:, 0], shape)
+    return made.permute(3, 0, 1, 2)
 
 
 @lru_cache(maxsize=64)
@@ -93,13 +159,15 @@ def toeplitz_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> T
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0)) -> Tensor:
-    """Convolution of each channel by itself: [B, C, H, W] and [C, 1, kh, kw] -> [B, C, h, w].
+    """Convolution of each channel by itself: [B, C, H, W] and [C n, 1, kh, kw] -> [B, C n, h, w], mostly with n = 1.
 
     Equal to functional.conv2d with groups = C to rounding, gradients too; the layout of the result is the faster one.
     """
-    if not fast_layouts(x):
-        return functional.conv2d(x, weight, None, stride, padding, 1, len(weight))
-    if takes_toeplitz((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3])):
+    if takes_native(x):
+        return _native_conv2d(x, weight, stride, padding)
+    if not fast_layouts(x) or len(weight) > x.shape[1]:
+        return functional.conv2d(x, weight, None, stride, padding, 1, x.shape[1])
+    if x.shape[3] == 1 or takes_toeplitz((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3])):
         return toeplitz_conv2d(x, weight, stride, padding)
     return functional.conv2d(channels_last(x), weight, None, stride, padding, 1, len(weight))
 
@@ -140,7 +208,7 @@ def conv2d(
     """functional.conv2d by the fastest way for small maps on the CPU; equal to it to rounding, of any layout."""
     if not fast_layouts(x):
         return functional.conv2d(x, weight, bias, stride, padding, 1, groups)
-    if groups == len(weight) == x.shape[1] > 1:
+    if groups == x.shape[1] and (groups == len(weight) or takes_native(x)):
         made = depthwise_conv2d(x, weight, stride, padding)
     elif groups == 1 and weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and _in_rows(x):
         made = pointwise_conv2d(x, weight)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from kestrel.errors import UsageError
 from kestrel.nn.channel_major import Pair, fast_layouts, is_batch_last, pointwise_conv2d
-from kestrel.nn.depthwise import conv2d, toeplitz_conv2d, unfolded_conv2d
+from kestrel.nn.depthwise import conv2d, depthwise_conv2d, unfolded_conv2d
 from kestrel.quant.integer import symmetric
 from kestrel.quant.low_bit import Grid, Scale, fake_quantise, shaped
 from kestrel.quant.packing import WeightCodes
@@ -120,7 +120,7 @@ class QuantConv2d(LowBit, nn.Conv2d):
         if depthwise and self.kernel_size == stride == (1, 1) and padding == (0, 0):
             made = x * weight.view(1, -1, 1, 1)
         elif depthwise and x.shape[3] == 1:
-            made = toeplitz_conv2d(x, weight, stride, padding)
+            made = depthwise_conv2d(x, weight, stride, padding)
         elif self.groups == 1 and self.kernel_size == stride == (1, 1) and padding == (0, 0) and is_batch_last(x):
             made = pointwise_conv2d(x, weight)
         elif (self.groups == 1 and self.in_channels * weight[0, 0].numel() <= FEW_TAPS) or x.shape[3] == 1:

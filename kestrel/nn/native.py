@@ -55,6 +55,9 @@ def open_library(path: Path) -> ctypes.CDLL:
         function.argtypes, function.restype = [problem], None
     library.kestrel_noise.argtypes = [problem, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     library.kestrel_noise.restype = None
+    for name in ("depthwise", "depthwise_to_image", "depthwise_to_kernel"):
+        function = getattr(library, f"kestrel_{name}")
+        function.argtypes, function.restype = [ctypes.c_void_p] * 4, None
     return library
 
 
@@ -62,20 +65,23 @@ def open_library(path: Path) -> ctypes.CDLL:
 def _load() -> ctypes.CDLL | None:
     path = build.find()
     if path is None:
-        _LOG.info("the native LSTM is not built: using the slower PyTorch path (python -m kestrel.nn.build builds it)")
+        _LOG.info(
+            "the native kernels are not built: using the slower PyTorch path (python -m kestrel.nn.build builds it)"
+        )
         return None
     try:
         return open_library(path)
     except OSError as error:
-        _LOG.warning("cannot load the native LSTM (%s): using the slower PyTorch path", error)
+        _LOG.warning("cannot load the native kernels (%s): using the slower PyTorch path", error)
         return None
 
 
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if library is None:
-        raise KestrelError("the native LSTM is not built: run python -m kestrel.nn.build")
-    return library
+def kernels() -> ctypes.CDLL:
+    """The loaded library. Raises KestrelError where it is not built."""
+    loaded = _load()
+    if loaded is None:
+        raise KestrelError("the native kernels are not built: run python -m kestrel.nn.build")
+    return loaded
 
 
 def available() -> bool:
@@ -172,7 +178,7 @@ def _problem(x: Tensor, cell: Cell, deviation: float, seed: int, keep: bool) -> 
 class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_ih, w_hh, b_ih, b_hh, ranges, cell, deviation, seed, keep):
-        library = _library()
+        library = kernels()
         device = cell.device
         back_ih, back_hh = device.clamped(w_ih, b_ih)[0], device.clamped(w_hh, b_hh)[0]
         front_ih, bias_ih = device.stored(w_ih, b_ih)
@@ -207,7 +213,7 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        library = _library()
+        library = kernels()
         problem, held = ctx.problem, ctx.held
         grad = grad.contiguous()
         scratch = _Buffer(library.kestrel_scratch_bytes(problem))
@@ -249,7 +255,7 @@ def native_lstm(x: Tensor, cell: Cell, deviation: float = 0.0, seed: int | None 
 
 def native_noise(x: Tensor, cell: Cell, deviation: float, seed: int, product: str, step: int) -> tuple[Tensor, Tensor]:
     """The noise of a forward pass over `x`, on the weights and biases of product `ih` or `hh` at time step `step`."""
-    library = _library()
+    library = kernels()
     problem = _problem(x, cell, deviation, seed, False)
     weight = {"ih": cell.w_ih, "hh": cell.w_hh}[product]
     noise = torch.empty(weight.shape[0], weight.shape[1] + 1, weight.shape[2])

@@ -12,9 +12,9 @@ from kestrel.nn import build, native
 def native_library():
     """Path of the built library; skips where there is no compiler."""
     if build.compiler() is None:
-        pytest.skip("no C++ compiler: the native LSTM cannot be built here")
+        pytest.skip("no C++ compiler: the native kernels cannot be built here")
     path = build.find() or build.build()
     native._load.cache_clear()
     if native._load() is None:
-        raise KestrelError("the native LSTM was built but does not load")
+        raise KestrelError("the native kernels were built but does not load")
     return path

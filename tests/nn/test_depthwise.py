@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from kestrel.nn import channel_major, depthwise
+from kestrel.nn import build, channel_major, depthwise, native
 from kestrel.nn.channel_major import BatchNorm2d, MaxPool2d, hold_statistics, is_batch_last, is_channel_major
 
 LAYOUTS = {
@@ -45,6 +47,80 @@ def test_depthwise_equals_grouped_convolution(layout: str, size, kernel: int, st
     wanted = lambda x, w: functional.conv2d(x, w, None, s, p, 1, 4)  # noqa: E731
     _both(x, [weight], lambda x, w: depthwise.depthwise_conv2d(x, w, s, p), wanted)
     _both(x, [weight], lambda x, w: depthwise.toeplitz_conv2d(x, w, s, p), wanted)
+
+
+def _native_equals_torch(
+    clips: int, layout: str, size: tuple, kernel: tuple, stride: tuple, padding: tuple, results: int = 1
+) -> None:
+    """Values and gradients of the native kernels against a grouped convolution in float64."""
+    x, weight = LAYOUTS[layout](_draw(clips, 3, *size)).float(), _draw(3 * results, 1, *kernel).float()
+    assert depthwise.takes_native(x)
+    found = []
+    for apply, dtype in ((depthwise.depthwise_conv2d, torch.float32), (functional.conv2d, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        made = apply(*leaves, stride=stride, padding=padding, **({"groups": 3} if dtype == torch.float64 else {}))
+        found.append([made, *torch.autograd.grad(made, leaves, _draw(*made.shape).to(dtype))])
+    assert is_batch_last(found[0][0])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=1e-5, atol=1e-5 * other.detach().abs().max().item())
+
+
+NATIVE = [
+    (16, (5, 13), (7, 7), (1, 1), (3, 3)), (17, (5, 13), (5, 5), (1, 1), (2, 2)), (100, (5, 13), (3, 3), (1, 1), (1, 1)),
+    (31, (10, 26), (7, 7), (2, 2), (3, 3)), (40, (6, 9), (3, 5), (1, 2), (0, 2)), (130, (20, 1), (13, 1), (1, 1), (6, 0)),
+    (33, (21, 1), (9, 1), (2, 1), (0, 0)), (20, (4, 30), (1, 11), (1, 3), (0, 5)), (18, (3, 3), (7, 7), (1, 1), (3, 3)),
+    (25, (7, 7), (2, 2), (3, 3), (0, 0)), (150, (2, 2), (1, 1), (1, 1), (2, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", NATIVE)
+def test_native_depthwise_equals_grouped_convolution(native_library, layout: str, case: tuple) -> None:  # type: ignore[no-untyped-def]
+    clips, *rest = case
+    _native_equals_torch(clips, layout, *rest)
+
+
+def test_several_results_of_a_channel(native_library) -> None:  # type: ignore[no-untyped-def]
+    _native_equals_torch(20, "contiguous", (5, 13), (3, 5), (2, 1), (1, 2), results=4)
+
+
+def test_convolution_of_one_channel_is_native(native_library) -> None:  # type: ignore[no-untyped-def]
+    x, weight = _draw(16, 1, 6, 7).float(), _draw(9, 1, 3, 3).float()
+    made = depthwise.conv2d(x, weight, padding=(1, 1))
+    assert is_batch_last(made)
+    torch.testing.assert_close(made, functional.conv2d(x, weight, padding=1))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline", "portable"])
+def test_every_instruction_set_convolves_alike(native_library, monkeypatch, tmp_path, isa: str) -> None:  # type: ignore[no-untyped-def]
+    if isa == "portable":
+        path = build.build(tmp_path, ("-DKESTREL_PORTABLE", "-O1"))
+    else:
+        path = shutil.copy(native_library, tmp_path / f"{isa}.so")  # a library decides once
+        monkeypatch.setenv("KESTREL_ISA", isa)
+    library = native.open_library(path)
+    monkeypatch.setattr(native, "_load", lambda: library)
+    for clips, *rest in NATIVE:
+        _native_equals_torch(clips, "batch_last", *rest)
+
+
+def test_native_depthwise_does_not_depend_on_threads(native_library) -> None:  # type: ignore[no-untyped-def]
+    x, weight = channel_major.batch_last(_draw(50, 7, 5, 13).float()).requires_grad_(), _draw(7, 1, 5, 5).float()
+    weight.requires_grad_()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made = depthwise.depthwise_conv2d(x, weight, padding=(2, 2))
+            found.append([made, *torch.autograd.grad(made.square().sum(), (x, weight))])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_few_clips_and_other_numbers_go_another_way(native_library) -> None:  # type: ignore[no-untyped-def]
+    x = torch.zeros(16, 2, 3, 3)
+    assert depthwise.takes_native(x) and not depthwise.takes_native(x[:15]) and not depthwise.takes_native(x.double())
 
 
 def test_kernel_that_is_not_square_and_unequal_strides() -> None:

@@ -1,4 +1,4 @@
-"""The build of the native LSTM reports one line and never stops a set-up."""
+"""The build of the native kernels reports one line and never stops a set-up."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_no_folder_to_write(empty_cache, monkeypatch, capsys) -> None:
 
 def test_a_changed_source_is_built_anew(empty_cache, monkeypatch, tmp_path) -> None:
     before = build.cache_folders()
-    changed = tmp_path / "quant_lstm.cpp"
-    changed.write_bytes(build.SOURCE.read_bytes() + b"\n")
+    changed = tmp_path / build.SOURCES[0].name
+    changed.write_bytes(build.SOURCES[0].read_bytes() + b"\n")
     monkeypatch.setattr(build, "SOURCES", (changed, *build.SOURCES[1:]))
     assert build.cache_folders() != before
     assert len(before) == 1
@@ -78,4 +78,4 @@ def test_ready_library_is_found(native_library, capsys) -> None:
 
 def test_a_path_in_native_code_needs_the_library(empty_cache) -> None:
     with pytest.raises(KestrelError, match=r"python -m kestrel\.nn\.build"):
-        native._library()
+        native.kernels()
