@@ -114,7 +114,17 @@ def measure(weights: np.ndarray, storage: str, straight: bool, folder: Path) -> 
     ).stdout
     sizes = {name: int(size, 16) for size, name in re.findall(r"^\S+ (\S+) \S (\S+)$", symbols, re.MULTILINE)}
     kernel = sizes.get("kestrel_stream_product", 0) + sum(
-        sizes.get(name, 0) for name in ("make_tables", "add_entries", "fill_16", "fill_4")
+        sizes.get(name, 0)
+        for name in (
+            "make_tables",
+            "add_entries",
+            "add_digits",
+            "digit_table",
+            "fill_16",
+            "pair_table",
+            "power_table",
+            "wide_tables",
+        )
     )
     return found[0], sizes["product"] if straight else 2 * packed.words.size, kernel
 

@@ -35,7 +35,9 @@ def pack_matrix(weights: np.ndarray, storage: str) -> PackedMatrix:
     kind, odd = kind_of(storage)
     numbers = (weights - 1) // 2 if odd else weights
     if kind == QUAD:
-        fields = [numbers + 8]
+        padded = _padded(numbers, 4)
+        groups = padded.reshape(len(padded), -1, 4)
+        fields = [((groups >> bit & 1) << np.arange(4)).sum(axis=2) for bit in range(4)]
     elif kind == PAIR:
         padded = _padded(numbers, 2) + 2
         fields = [padded[:, ::2] + 4 * padded[:, 1::2]]

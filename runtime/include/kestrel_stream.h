@@ -29,7 +29,7 @@ typedef struct {
 
 /* How four bits of packed weights are read; see kestrel_stream_product. */
 enum {
-    KESTREL_STREAM_QUAD, /* a weight of up to 4 bits */
+    KESTREL_STREAM_QUAD, /* bit b of four weights of up to 4 bits: four of these numbers, b = 0..3, hold four weights */
     KESTREL_STREAM_PAIR, /* two weights of up to 2 bits */
     KESTREL_STREAM_WIDE, /* the low, then the high half of a weight of 5 to 8 bits */
     KESTREL_STREAM_POWER /* a sign (8) and an exponent */
@@ -61,8 +61,9 @@ void kestrel_stream_multiply(const kestrel_stream_scaling *s, const int8_t *a, c
 void kestrel_stream_bias(const void *bias, int bits, int outputs, int32_t *sums);
 
 /*
- * sums [outputs] += W x. For four numbers at a time, tables [64] hold their products with all inputs' values, so a weight
- * costs a few loads and an addition; making the tables is shared by all outputs.
+ * sums [outputs] += W x. For four numbers at a time, tables [64] hold what any of them makes of their inputs, so a weight
+ * costs a few loads and an addition; making the tables is shared by all outputs. Of QUAD all binary
+ * digits of four weights look into the same table.
  */
 void kestrel_stream_product(const kestrel_stream_matrix *m, const int8_t *x, int32_t *sums, int16_t *tables);
 

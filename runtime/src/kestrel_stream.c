@@ -124,11 +124,6 @@ void kestrel_stream_bias(const void *bias, int bits, int outputs, int32_t *sums)
     ENTRY(first + 2);       \
     ENTRY(first + 3)
 
-APART static void fill_4(int16_t *table, int32_t value, int32_t step)
-{
-    FOUR_ENTRIES(0);
-}
-
 /* table [16] = value, value + step, ... */
 APART static void fill_16(int16_t *table, int32_t value, int32_t step)
 {
@@ -138,22 +133,35 @@ APART static void fill_16(int16_t *table, int32_t value, int32_t step)
     FOUR_ENTRIES(12);
 }
 
+/* Without any of two steps, with the first, the second, both; `second` is what it has more than the first. */
+#define FOUR_STEPS(place)      \
+    table[place] = (int16_t)value;     \
+    value += first;                    \
+    KEEP_WIDE(value);                  \
+    table[place + 1] = (int16_t)value; \
+    value += second;                   \
+    KEEP_WIDE(value);                  \
+    table[place + 2] = (int16_t)value; \
+    value += first;                    \
+    KEEP_WIDE(value);                  \
+    table[place + 3] = (int16_t)value
+
 static int32_t left(int32_t x, int bits)
 {
     return (int32_t)((uint32_t)x << bits);
 }
 
+/* table [16] = d x + e y: d and e = -2, -1, 0, 1, or where odd -3, -1, 1, 3; d changes first. */
 APART static void pair_table(int16_t *table, int32_t x, int32_t y, int odd)
 {
     int16_t *const end = table + 16;
-    int32_t value = -left(x + y, 1 + odd);
+    int32_t value = -left(x + y, 1 + odd), step = left(x, odd);
     if (odd) {
         value += x + y;
     }
-    y = left(y, odd);
-    x = left(x, odd);
+    y = left(y, odd) - left(step, 2);
     do {
-        fill_4(table, value, x);
+        FOUR_ENTRIES(0);
         value += y;
         table += 4;
     } while (table < end);
@@ -170,11 +178,6 @@ APART static void power_table(int16_t *table, int32_t x)
     } while (table < end);
 }
 
-APART static void quad_table(int16_t *table, int32_t x, int odd)
-{
-    fill_16(table, odd ? x - left(x, 4) : -left(x, 3), left(x, odd));
-}
-
 APART static void wide_tables(int16_t *table, int32_t x, int odd)
 {
     fill_16(table, odd ? x : 0, left(x, odd));
@@ -182,15 +185,13 @@ APART static void wide_tables(int16_t *table, int32_t x, int odd)
     fill_16(table + 16, -left(x, 3), x);
 }
 
-/* Tables of four numbers: of 4 inputs, 8 inputs (PAIR) or 2 inputs (WIDE); of fewer at the end, where others hold 0. */
+/* Tables of four numbers: of 4 inputs (POWER), 8 inputs (PAIR) or 2 inputs (WIDE); of fewer at the end, where others hold 0. */
 static const int8_t *make_tables(const kestrel_stream_matrix *m, const int8_t *x, const int8_t *end, int16_t *table)
 {
     int number;
     for (number = 0; number < 4; number++) {
         const int32_t value = x < end ? *x++ : 0;
-        if (m->kind == KESTREL_STREAM_QUAD) {
-            quad_table(table, value, m->odd);
-        } else if (m->kind == KESTREL_STREAM_PAIR) {
+        if (m->kind == KESTREL_STREAM_PAIR) {
             pair_table(table, value, x < end ? *x++ : 0, m->odd);
         } else if (m->kind == KESTREL_STREAM_WIDE) {
             wide_tables(table, value, m->odd);
@@ -217,13 +218,55 @@ APART static const uint16_t *add_entries(const uint16_t *weights, const int16_t 
     return weights;
 }
 
+/*
+ * table [16] of four inputs, of which `count` are there: for every set of four binary digits the sum of what they say of the
+ * inputs, the first digit that of the first input. A digit is 0 or 1, where odd -1 or 1.
+ */
+APART static void digit_table(int16_t *table, const int8_t *x, int count, int odd)
+{
+    int16_t *const end = table + 16;
+    const int32_t a = x[0], b = count > 1 ? x[1] : 0, c = count > 2 ? x[2] : 0, d = count > 3 ? x[3] : 0;
+    int32_t value = odd ? -(a + b + c + d) : 0;
+    const int32_t first = left(a, odd), second = left(b - a, odd), third = left(c - a - b, odd);
+    const int32_t fourth = left(d - c - a - b, odd);
+    do {
+        FOUR_STEPS(0);
+        value += third;
+        FOUR_STEPS(4);
+        value += fourth;
+        table += 8;
+    } while (table < end);
+}
+
+/* The same of QUAD, by binary digits; that of -8 is the last. */
+APART static const uint16_t *add_digits(const uint16_t *weights, const int16_t *tables, int32_t *sum, const int32_t *last)
+{
+    do {
+        const uint32_t four = *weights++;
+        int32_t value = LOOKED_UP(0, four >> 7) - left(LOOKED_UP(0, four >> 11), 1);
+        value = left(value, 1) + LOOKED_UP(0, four >> 3);
+        *sum += left(value, 1) + LOOKED_UP(0, four << 1);
+        sum++;
+        KEEP_WIDE(weights);
+    } while (sum < last);
+    return weights;
+}
+
 void kestrel_stream_product(const kestrel_stream_matrix *m, const int8_t *x, int32_t *sums, int16_t *tables)
 {
     const uint16_t *weights = m->weights;
     const int8_t *const end = x + m->inputs;
+    int32_t *const last = sums + m->outputs;
+    if (m->kind == KESTREL_STREAM_QUAD) {
+        for (; x < end; x += 4) {
+            digit_table(tables, x, (int)(end - x), m->odd);
+            weights = add_digits(weights, tables, sums, last);
+        }
+        return;
+    }
     while (x < end) {
         x = make_tables(m, x, end, tables);
-        weights = add_entries(weights, tables, sums, sums + m->outputs);
+        weights = add_entries(weights, tables, sums, last);
     }
 }
 

@@ -112,7 +112,8 @@ def test_packing_keeps_every_weight(storage: str) -> None:
     words = packed.words.astype(np.int64).T  # [outputs, groups]
     nibbles = ((words[..., None] >> (4 * np.arange(4))) & 15).reshape(len(values), -1)
     if packed.kind.endswith("QUAD"):
-        found = nibbles - 8
+        digits = (nibbles.reshape(len(values), -1, 4, 1) >> np.arange(4)) & 1  # [outputs, groups, digit, input]
+        found = (digits * np.array([1, 2, 4, -8])[:, None]).sum(axis=2).reshape(len(values), -1)
     elif packed.kind.endswith("PAIR"):
         found = np.stack([nibbles & 3, nibbles >> 2], axis=2).reshape(len(values), -1) - 2
     else:
