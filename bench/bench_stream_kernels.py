@@ -3,7 +3,8 @@
     python -m bench.bench_stream_kernels
 
 Bell-shaped random weights (seed 0) unless `--graph DIR` names a folder of an exported integer model (integer/), whose own
-matrices are then measured. Instructions are those that QEMU retires (minstret), of a whole product: tables, sums and call. Bytes are
+matrices are then measured. Instructions are those that QEMU retires (minstret), of a whole product: tables, sums and call. Straight lines
+add the biases, too; the table kernel adds to sums that hold them already. Bytes are
 packed weights, or code; the table kernel itself is the same for all of them and stands in the last line.
 """
 
@@ -29,6 +30,7 @@ from kestrel.store.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((17, 63), (64, 24), (24, 64))
+BIAS = 4000  # largest of random ones
 STORAGES = ("int4", "odd4", "ternary", "odd2")
 CC = ["riscv64-unknown-elf-gcc", "-march=rv32ec", "-mabi=ilp32e", "-Os", "-std=c99", "-ffunction-sections"]
 LIBRARY = ["--specs=picolibc.specs", "--oslib=semihost", "--crt0=hosted", "-Wl,--gc-sections"] + [
@@ -83,12 +85,15 @@ def bell(rng: np.random.Generator, shape: tuple[int, int], storage: str) -> np.n
     return (values | 1).clip(low, high) if storage.startswith("odd") else values.clip(low, high)
 
 
-def measure(weights: np.ndarray, storage: str, straight: bool, folder: Path) -> tuple[int, int, int]:
-    """(instructions, bytes that are this matrix's own, bytes of the kernel) of one product; its sums are checked."""
+def measure(weights: np.ndarray, storage: str, bias: np.ndarray | None, folder: Path) -> tuple[int, int, int]:
+    """(instructions, bytes that are this matrix's own, bytes of the kernel) of one product; its sums are checked.
+
+    Straight lines where there is a `bias`, else the table kernel.
+    """
     outputs, inputs = weights.shape
     head = f'#include <stdio.h>\n#include "kestrel_stream.h"\n#define OUTPUTS {outputs}\n'
-    if straight:
-        body = f"void product(const int8_t *in, int32_t *sums)\n{{\n{block(straight_lines(weights))}}}\n"
+    if bias is not None:
+        body = f"void product(const int8_t *in, int32_t *sums)\n{{\n{block(straight_lines(weights, bias))}}}\n"
         (folder / "product.c").write_text(f'#include "kestrel_stream.h"\n{body}')
         text = f"{head}void product(const int8_t *in, int32_t *sums);\n#define CALL (void)tables, product(in, sums)\n{MAIN}"
     else:
@@ -107,7 +112,7 @@ def measure(weights: np.ndarray, storage: str, straight: bool, folder: Path) -> 
     ran = subprocess.run([*QEMU, str(folder / "run.elf")], capture_output=True, text=True, check=True)
     found = [int(word) for word in (ran.stdout + ran.stderr).split()]
     given = (np.arange(inputs) * 37).astype(np.int8).astype(np.int64)
-    if found[1:] != (weights @ given).tolist():
+    if found[1:] != (weights @ given + (0 if bias is None else bias)).tolist():
         raise SystemExit(f"{storage}: sums differ")
     symbols = subprocess.run(
         ["riscv64-unknown-elf-nm", "-S", str(folder / "run.elf")], capture_output=True, text=True, check=True
@@ -126,18 +131,23 @@ def measure(weights: np.ndarray, storage: str, straight: bool, folder: Path) -> 
             "wide_tables",
         )
     )
-    return found[0], sizes["product"] if straight else 2 * packed.words.size, kernel
+    return found[0], sizes["product"] if bias is not None else 2 * packed.words.size, kernel
 
 
-def matrices(graph: str | None) -> Iterator[tuple[str, np.ndarray, str]]:
-    """(name, weights, storage)"""
+def matrices(graph: str | None) -> Iterator[tuple[str, np.ndarray, str, np.ndarray]]:
+    """(name, weights, storage, bias)"""
     if graph is not None:
         yield from product_rows(stream_program(narrow_form(load(Path(graph)))))
         return
     rng = np.random.default_rng(0)
     for storage in STORAGES:
         for shape in SHAPES:
-            yield f"{shape[1]} -> {shape[0]}", bell(rng, shape, storage), storage
+            yield (
+                f"{shape[1]} -> {shape[0]}",
+                bell(rng, shape, storage),
+                storage,
+                rng.integers(-BIAS, BIAS + 1, shape[0]),
+            )
 
 
 def main() -> None:
@@ -146,10 +156,10 @@ def main() -> None:
     parser.add_argument("--graph", help="folder of an exported integer model")
     rows, kernel = [], 0
     with tempfile.TemporaryDirectory() as name:
-        for title, weights, storage in matrices(parser.parse_args().graph):
+        for title, weights, storage, bias in matrices(parser.parse_args().graph):
             cells: list[object] = [title, storage, weights.size, f"{100 * (weights == 0).mean():.0f} %"]
-            for straight in (False, True):
-                used, size, own = measure(weights, storage, straight, Path(name))
+            for own_bias in (None, bias):
+                used, size, own = measure(weights, storage, own_bias, Path(name))
                 cells += [f"{used / weights.size:.2f}", size]
                 kernel = max(kernel, own)
             rows.append(cells)

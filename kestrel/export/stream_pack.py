@@ -10,6 +10,7 @@ import numpy as np
 
 from kestrel.digits import signed_digits
 from kestrel.errors import KestrelError
+from kestrel.export.straight import can_be_straight, statements, straight
 from kestrel.lower.tensor import whole_bits
 
 QUAD, PAIR, WIDE, POWER = "KESTREL_STREAM_QUAD", "KESTREL_STREAM_PAIR", "KESTREL_STREAM_WIDE", "KESTREL_STREAM_POWER"
@@ -73,12 +74,17 @@ def kind_of(storage: str) -> tuple[str, bool]:
 # ------------------------------------------------------------------------------------------------------ straight lines
 
 
-def straight_lines(weights: np.ndarray, block: int = BLOCK) -> Iterator[str]:
-    """Statements that add W x to `sums`, of x int8 and weights int [outputs, inputs]; a block of outputs at a time.
+def straight_lines(weights: np.ndarray, bias: np.ndarray | None = None, block: int = BLOCK) -> Iterator[str]:
+    """Statements that give `sums` W x + bias, of x int8 and weights int [outputs, inputs]; a block of outputs at a time.
 
-    Each value of a block's weights is made once for an input, by shifts and additions, and added to the sums that it belongs
-    to. Odd weights are 2 k + 1: the sum of all inputs is shared, and k has fewer digits, many of them none.
+    Small weights: kestrel.export.straight. Of others each value of a block's weights is made once for an input, by shifts and
+    additions, and added to the sums that it belongs to. Odd weights are 2 k + 1: the sum of all inputs is shared, and k has fewer
+    digits, many of them none.
     """
+    if can_be_straight(weights):
+        yield from statements(weights, None if bias is None else bias.tolist())
+        return
+    starts = np.zeros(len(weights), np.int64) if bias is None else bias
     halves = _halves(weights)
     if halves is not None:
         yield "int32_t all = 0;"
@@ -86,8 +92,7 @@ def straight_lines(weights: np.ndarray, block: int = BLOCK) -> Iterator[str]:
         weights = halves
     for start, rows in _blocks(weights, block):
         yield "{"
-        first = "0" if halves is not None else "sums[{place}]"
-        sums = ", ".join(f"a{o} = {first.format(place=start + o)}" for o in range(len(rows)))
+        sums = ", ".join(f"a{o} = {0 if halves is not None else starts[start + o]}" for o in range(len(rows)))
         yield f"{_LINE}int32_t {sums}, x;"
         for place in range(weights.shape[1]):
             column = rows[:, place]
@@ -96,7 +101,7 @@ def straight_lines(weights: np.ndarray, block: int = BLOCK) -> Iterator[str]:
             yield f"{_LINE}x = in[{place}];"
             yield from (_LINE + line for line in _additions(column))
         for o in range(len(rows)):
-            found = f"sums[{start + o}] + all + 2 * a{o}" if halves is not None else f"a{o}"
+            found = f"all + 2 * a{o} + {starts[start + o]}" if halves is not None else f"a{o}"
             yield f"{_LINE}sums[{start + o}] = {found};"
         yield "}"
 
@@ -150,6 +155,8 @@ def multiple(factor: int) -> str:
 
 def straight_cost(weights: np.ndarray, block: int = BLOCK) -> int:
     """Instructions of the straight lines, by their operations: loads, shifts, additions."""
+    if can_be_straight(weights):
+        return straight(weights).cost
     total = 0
     halves = _halves(weights)
     if halves is not None:

@@ -150,20 +150,22 @@ class Writer:
     def _product(self, step: Compute, op: ops.MatMul | ops.Conv2d, index: int, number: int) -> list[str]:
         rows = rows_of(self.program, op)
         outputs, inputs = rows.shape
-        bias, bias_bits = self._bias(None if op.bias is None else op.bias.values, number)
+        values = None if op.bias is None else op.bias.values
         sums, tables = self._scratch(step, "sums32", "int32_t"), self._scratch(step, "tables", "int16_t")
         source = self.read(step, index)
-        lines = [f"kestrel_stream_bias({bias}, {bias_bits}, {outputs}, {sums});"]
+        lines = []
         if step.output in self.straight:
             body = [
                 f"APART static void layer_{number}(const int8_t *in, int32_t *sums)\n{{\n",
-                block(straight_lines(rows)),
+                block(straight_lines(rows, values)),
                 "}\n",
             ]
             self.functions.append("".join(body))
             call = f"layer_{number}({{source}}, {sums});"
             held = 0
         else:
+            bias, bias_bits = self._bias(values, number)
+            lines.append(f"kestrel_stream_bias({bias}, {bias_bits}, {outputs}, {sums});")
             packed = pack_matrix(rows, op.weight.storage)
             held = packed.bytes
             weights = self.array("uint16_t", 2, f"weights_{number}", packed.words.reshape(-1))

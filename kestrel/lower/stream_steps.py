@@ -132,11 +132,13 @@ def queues(program: StreamProgram) -> dict[tuple[int, str], Keep]:
     return {(reader, step.output): step for step in program.steps if isinstance(step, Keep) for reader in step.readers}
 
 
-def product_rows(program: StreamProgram) -> Iterator[tuple[str, np.ndarray, str]]:
-    """(name, weights [outputs, inputs] as a column orders its inputs, storage) of every matrix product."""
+def product_rows(program: StreamProgram) -> Iterator[tuple[str, np.ndarray, str, np.ndarray]]:
+    """(name, weights [outputs, inputs] as a column orders its inputs, storage, bias [outputs]) of every matrix product."""
     for step in [*program.steps, *program.final]:
         if isinstance(step, Compute) and isinstance(step.op, (ops.MatMul, ops.Conv2d)):
-            yield step.output, rows_of(program, step.op), step.op.weight.storage
+            rows, bias = rows_of(program, step.op), step.op.bias
+            found = np.zeros(len(rows), np.int64) if bias is None else bias.values
+            yield step.output, rows, step.op.weight.storage, found
 
 
 def rows_of(program: StreamProgram, op: ops.MatMul | ops.Conv2d) -> np.ndarray:
