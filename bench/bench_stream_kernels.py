@@ -93,7 +93,7 @@ def measure(weights: np.ndarray, storage: str, bias: np.ndarray | None, folder: 
     outputs, inputs = weights.shape
     head = f'#include <stdio.h>\n#include "kestrel_stream.h"\n#define OUTPUTS {outputs}\n'
     if bias is not None:
-        body = f"void product(const int8_t *in, int32_t *sums)\n{{\n{block(straight_lines(weights, bias))}}}\n"
+        body = f"KESTREL_STREAM_STRAIGHT void product(const int8_t *in, int32_t *sums)\n{{\n{block(straight_lines(weights, bias))}}}\n"
         (folder / "product.c").write_text(f'#include "kestrel_stream.h"\n{body}')
         text = f"{head}void product(const int8_t *in, int32_t *sums);\n#define CALL (void)tables, product(in, sums)\n{MAIN}"
     else:

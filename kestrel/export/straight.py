@@ -19,11 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 
 LARGEST = 8  # magnitude of a weight, or of k
-REGISTERS = 11  # of the twelve that RV32E leaves a function, without the pointer to the inputs
+REGISTERS = 9  # that compilers leave a function on RV32E beside two pointers
+MOST = 10  # outputs of a block: more registers cost loads and stores
 _TEMPORARIES = 3  # most values of an input that are held at a time
-_SWAPS = 300  # pairs of outputs that the search exchanges on trial
+_SPILL = 2  # instructions that a register too many takes for an input, about
+_TRIALS = 600  # exchanges of outputs, and of signs, in the search
 _MISSING = 99  # instructions of a magnitude that a set of multiples does not give
 _NAMES = "xyz"
+_IMMEDIATE = 1 << 11  # constants below it are part of an instruction
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Straight:
 
     rows: np.ndarray  # [outputs, inputs], k of odd weights
     blocks: tuple[tuple[int, ...], ...]  # outputs; number `outputs` is the shared sum
+    temporaries: tuple[int, ...]  # of each block: registers for the multiples of an input
     signs: np.ndarray | None  # s [outputs] of odd weights
     shared: np.ndarray | None  # t [inputs] of odd weights
     cost: int
@@ -128,15 +132,12 @@ def _straight(data: bytes, shape: tuple[int, int]) -> Straight:
     found: list[_Search] = []
     for inside in (True, False) if _odd(weights) else (False,):
         rows = count + int(inside)
-        fewest = -(-rows // (REGISTERS - 1))
-        for blocks in range(fewest, fewest + 2):
-            if blocks <= rows and -(-rows // blocks) < REGISTERS:
-                found.append(_Search(weights, blocks, inside))
+        fewest = -(-rows // MOST)
+        found += [_Search(weights, blocks, inside) for blocks in range(fewest, min(rows, fewest + 2) + 1)]
     found.sort(key=lambda search: search.cost)
     for search in found[:2]:
         search.improve()
-    best = min(found[:2], key=lambda search: search.cost)
-    return best.result()
+    return min(found[:2], key=lambda search: search.cost).result()
 
 
 class _Search:
@@ -150,14 +151,18 @@ class _Search:
         ends = [rows * place // blocks for place in range(blocks + 1)]
         order = [len(weights), *range(len(weights))] if inside else list(range(len(weights)))
         self.blocks = [order[first:last] for first, last in itertools.pairwise(ends)]
-        self.costs = [self._cost(block) for block in self.blocks]
+        self.costs = self._costs()
 
     @property
-    def cost(self) -> int:
+    def cost(self) -> float:
         """Instructions by operations: loads, multiples, additions, and what an output takes at its end."""
         outputs, inputs = self.weights.shape
         own = 3 * outputs if self.odd else outputs  # a shift, the shared sum, a store
         return sum(self.costs) + own + (2 * inputs if self.odd and not self.inside else 0)
+
+    def _costs(self) -> list[float]:
+        rows = self.rows()
+        return [_cost(np.abs(rows[block]), len(self.blocks) == 1)[0] for block in self.blocks]
 
     def rows(self) -> np.ndarray:
         """k, or the weights; last the row of the shared sum."""
@@ -166,31 +171,28 @@ class _Search:
         k = (self.weights - np.outer(self.signs, self.shared)) // 2
         return np.concatenate([k, self.shared[None]])
 
-    def _cost(self, block: Sequence[int]) -> int:
-        sets = sets_of(temporaries(len(block)))
-        magnitudes = np.abs(self.rows()[block])  # [outputs of the block, inputs]
-        counts = (magnitudes[:, :, None] == np.arange(LARGEST + 1)).sum(axis=0)
-        least = (counts @ sets.terms + sets.fixed).min(axis=1)
-        return int((least + 1)[magnitudes.any(axis=0)].sum())
-
     def improve(self) -> None:
         """Flip signs and exchange outputs of blocks where that saves instructions."""
         rng = np.random.default_rng(0)
         for _ in range(2):
             if self.odd:
-                for vector in (self.signs, self.shared):
-                    for place in range(len(vector)):
-                        self._flip(vector, place)
-            for _ in range(_SWAPS if len(self.blocks) > 1 else 0):
+                signs = [(vector, place) for vector in (self.signs, self.shared) for place in range(len(vector))]
+                for single in signs:
+                    self._flip([single])
+                for _ in range(_TRIALS):
+                    self._flip([signs[place] for place in rng.choice(len(signs), 2, replace=False)])
+            for _ in range(_TRIALS if len(self.blocks) > 1 else 0):
                 one, other = rng.choice(len(self.blocks), 2, replace=False)
                 self._swap(int(one), int(other), rng)
 
-    def _flip(self, vector: np.ndarray, place: int) -> None:
+    def _flip(self, places: Sequence[tuple[np.ndarray, int]]) -> None:
         before = self.costs
-        vector[place] *= -1
-        self.costs = [self._cost(block) for block in self.blocks]
-        if sum(self.costs) >= sum(before):
+        for vector, place in places:
             vector[place] *= -1
+        self.costs = self._costs()
+        if sum(self.costs) > sum(before):
+            for vector, place in places:
+                vector[place] *= -1
             self.costs = before
 
     def _swap(self, one: int, other: int, rng: np.random.Generator) -> None:
@@ -199,8 +201,9 @@ class _Search:
         if max(first[a], second[b]) == len(self.weights):  # the shared sum stays in the first block
             return
         first[a], second[b] = second[b], first[a]
-        costs = self._cost(first), self._cost(second)
-        if sum(costs) < self.costs[one] + self.costs[other]:
+        rows = self.rows()
+        costs = [_cost(np.abs(rows[block]), len(self.blocks) == 1)[0] for block in (first, second)]
+        if sum(costs) <= self.costs[one] + self.costs[other]:
             self.costs[one], self.costs[other] = costs
         else:
             first[a], second[b] = second[b], first[a]
@@ -208,13 +211,26 @@ class _Search:
     def result(self) -> Straight:
         """What was found."""
         signs, shared = (self.signs, self.shared) if self.odd else (None, None)
+        rows = self.rows()
         blocks = tuple(tuple(block) for block in self.blocks)
-        return Straight(self.rows(), blocks, signs, shared, self.cost)
+        held = tuple(_cost(np.abs(rows[block]), len(self.blocks) == 1)[1] for block in self.blocks)
+        return Straight(rows, blocks, held, signs, shared, round(self.cost))
 
 
-def temporaries(outputs: int) -> int:
-    """Registers that a block of `outputs` leaves for the values of an input."""
-    return max(1, min(_TEMPORARIES, REGISTERS - outputs))
+def _cost(magnitudes: np.ndarray, single: bool) -> tuple[float, int]:
+    """Least instructions of the columns of a block with |k| [outputs of the block, inputs], and registers for multiples.
+
+    `single`: there is no other block, so what it needs at its end takes no registers before.
+    """
+    counts = (magnitudes[:, :, None] == np.arange(LARGEST + 1)).sum(axis=0)
+    used = magnitudes.any(axis=0)
+    found = []
+    for registers in range(1, _TEMPORARIES + 1):
+        sets = sets_of(registers)
+        least = (counts @ sets.terms + sets.fixed).min(axis=1) + 1
+        over = max(0, len(magnitudes) + registers - REGISTERS - 2 * int(single))
+        found.append((float(least[used].sum()) + _SPILL * over * int(used.sum()), registers))
+    return min(found)
 
 
 # ---------------------------------------------------------------------------------------------------------- statements
@@ -224,31 +240,45 @@ def statements(weights: np.ndarray, bias: Sequence[int] | None = None) -> Iterat
     """Statements that give `sums` W x + bias, of `in` int8 and weights int [outputs, inputs] that `can_be_straight`."""
     plan = straight(weights)
     count, inputs = weights.shape
+    constants = [0] * count if bias is None else [int(value) for value in bias]
     inside = any(count in block for block in plan.blocks)
+    odd = sum(value & 1 for value in constants)
+    extra = int(plan.shared is not None and 2 * odd > count)  # in the shared sum: an odd bias then has an even rest
     if plan.shared is not None:
         yield "int32_t all;"
         if not inside:
-            yield from _sum(plan.shared)
-    for block in plan.blocks:
+            yield from _sum(plan.shared, extra)
+    for block, registers in zip(plan.blocks, plan.temporaries, strict=True):
         yield "{"
-        lines = _Block(block, temporaries(len(block)))
+        starts = [_start(plan, constants, output, extra) for output in block]
+        lines = _Block(registers, starts)
         body = [line for place in range(inputs) for line in lines.column(place, plan.rows[list(block), place])]
         yield f"    int32_t {', '.join([f'a{o}' for o in range(len(block))] + list(_NAMES[: lines.values]))};"
         yield from (f"    {line}" for line in body)
-        yield from (f"    a{o} = 0;" for o in range(len(block)) if o not in lines.started)
+        yield from (f"    a{o} = 0;" for o in range(len(block)) if lines.left[o] is None)
         for o, output in enumerate(block):
             if output == count:
-                yield f"    all = a{o};"
+                yield f"    all = a{o} + {lines.left[o]};" if lines.left[o] else f"    all = a{o};"
         for o, output in enumerate(block):
             if output < count:
-                constant = 0 if bias is None else int(bias[output])
                 sign = None if plan.signs is None else int(plan.signs[output])
-                yield f"    sums[{output}] = {_output(f'a{o}', sign, constant)};"
+                done = 0 if lines.left[o] is None else starts[o] - (lines.left[o] or 0)
+                rest = constants[output] - done if sign is None else constants[output] - 2 * done - sign * extra
+                yield f"    sums[{output}] = {_output(f'a{o}', sign, rest)};"
         yield "}"
 
 
-def _sum(signs: np.ndarray) -> Iterator[str]:
-    yield f"all = {'' if signs[0] > 0 else '-'}in[0];"
+def _start(plan: Straight, constants: Sequence[int], output: int, extra: int) -> int:
+    """What a sum may start with: the bias, of odd weights its half."""
+    if output == len(constants):
+        return extra
+    if plan.signs is None:
+        return constants[output]
+    return (constants[output] - int(plan.signs[output]) * extra) >> 1
+
+
+def _sum(signs: np.ndarray, start: int) -> Iterator[str]:
+    yield f"all = {start} {'+' if signs[0] > 0 else '-'} in[0];"
     yield from (f"all {'+' if sign > 0 else '-'}= in[{place}];" for place, sign in enumerate(signs) if place)
 
 
@@ -259,11 +289,15 @@ def _output(name: str, sign: int | None, bias: int) -> str:
 
 
 class _Block:
-    """The columns of a block."""
+    """The columns of a block. A sum begins with a value that is added, together with a constant, in one instruction.
 
-    def __init__(self, block: Sequence[int], registers: int) -> None:
+    `left`: of that constant, what a sum did not begin with; None of a sum that has not begun.
+    """
+
+    def __init__(self, registers: int, starts: Sequence[int]) -> None:
         self.sets = sets_of(registers)
-        self.started: set[int] = set()
+        self.starts = starts
+        self.left: list[int | None] = [None] * len(starts)
         self.values = 1  # registers of an input's values that are used
 
     def column(self, place: int, weights: np.ndarray) -> Iterator[str]:
@@ -288,11 +322,14 @@ class _Block:
 
     def _add(self, value: str, uses: Sequence[tuple[int, int]]) -> Iterator[str]:
         for output, sign in uses:
-            if output in self.started:
+            if self.left[output] is not None:
                 yield f"a{output} {'+' if sign > 0 else '-'}= {value};"
+            elif sign > 0 and abs(start := self.starts[output]) < _IMMEDIATE:
+                yield f"a{output} = {value} + {start};" if start else f"a{output} = {value};"
+                self.left[output] = 0
             else:
                 yield f"a{output} = {'' if sign > 0 else '-'}{value};"
-                self.started.add(output)
+                self.left[output] = self.starts[output]
 
 
 def _parts(magnitude: int, made: Sequence[int]) -> list[tuple[int, int]]:

@@ -12,17 +12,8 @@ from kestrel.lower import ops
 from kestrel.lower.stream_steps import Compute, Pool, StreamProgram, rows_of
 
 SOURCE, HEADER = "stream_model.c", "stream_model.h"
-CODE_BYTES = 2.4  # of a compressed RV32E instruction in straight lines, with the loads that the compiler adds
+CODE_BYTES = 3.3  # of a compressed RV32E instruction in straight lines, with the loads that the compiler adds
 TABLE_INSTRUCTIONS = 8  # of the table kernel, for each weight of up to 4 bits
-_APART = """
-/* Inlined, their sums would take registers and stack from the rest. */
-#ifdef __GNUC__
-#define APART __attribute__((noinline))
-#else
-#define APART
-#endif
-
-"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ def stream_model(program: StreamProgram, classes: Sequence[str] = (), straight: 
         "static uint8_t columns, segment, full;\n",
         f"static uint8_t wait[{len(writer.waits)}];\n" if writer.waits else "",
         f"static uint8_t held[{len(writer.queues)}];\n" if writer.queues else "",
-        _APART + "\n".join(writer.functions) if writer.functions else "",
+        "\n" + "\n".join(writer.functions) if writer.functions else "",
         "\nvoid kestrel_stream_start(void)\n{\n",
         block(
             [

@@ -156,7 +156,7 @@ class Writer:
         lines = []
         if step.output in self.straight:
             body = [
-                f"APART static void layer_{number}(const int8_t *in, int32_t *sums)\n{{\n",
+                f"KESTREL_STREAM_STRAIGHT static void layer_{number}(const int8_t *in, int32_t *sums)\n{{\n",
                 block(straight_lines(rows, values)),
                 "}\n",
             ]

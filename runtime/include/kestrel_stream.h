@@ -27,6 +27,18 @@ typedef struct {
     uint8_t bits;                     /* of y: 8 or 16 */
 } kestrel_stream_scaling;
 
+/*
+ * A function of straight-line code. Inlined, its sums would take registers and stack from the rest. A compiler that puts additions
+ * off until their result is needed holds all values until then; those of GCC do without.
+ */
+#if defined(__GNUC__) && !defined(__clang__)
+#define KESTREL_STREAM_STRAIGHT __attribute__((noinline, optimize("no-tree-ter")))
+#elif defined(__GNUC__)
+#define KESTREL_STREAM_STRAIGHT __attribute__((noinline))
+#else
+#define KESTREL_STREAM_STRAIGHT
+#endif
+
 /* How four bits of packed weights are read; see kestrel_stream_product. */
 enum {
     KESTREL_STREAM_QUAD, /* bit b of four weights of up to 4 bits: four of these numbers, b = 0..3, hold four weights */
