@@ -24,7 +24,6 @@ from kestrel.models.quant_net import FLOAT, LowBitPlan, QuantNet
 from kestrel.models.search_cost import Resource
 from kestrel.models.search_spec import SearchSpec
 from kestrel.nn.channel_major import BatchNorm2d, global_mean, hold_statistics
-from kestrel.nn.depthwise import laid_out
 from kestrel.nn.low_bit import QuantActivation, QuantLinear
 from kestrel.nn.mbconv import ConvUnit, Making, MBConv, Residual
 from kestrel.nn.mixed_op import MixedBlock
@@ -72,7 +71,7 @@ class _Frame(QuantNet):
     def scores(self, x: Tensor) -> Tensor:
         """[B, T, F] -> logits [B, C]."""
         x = self.input(x).transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
-        x = laid_out(self.first_conv(x))
+        x = self.first_conv(x)
         for block in self.blocks:
             x = block(x)
         x = self.mean(global_mean(self.feature_mix(x)))  # [B, mix]

@@ -22,7 +22,6 @@ from torch.nn import functional
 from kestrel.nn import native
 from kestrel.nn.channel_major import (
     Pair,
-    batch_last,
     channel_rows,
     channels_last,
     fast_layouts,
@@ -52,11 +51,6 @@ def takes_toeplitz(size: Pair, kernel: Pair) -> bool:
 def takes_native(x: Tensor) -> bool:
     """Whether the depthwise convolutions of [B, C, H, W] go through the native kernels, batch last in memory."""
     return fast_layouts(x) and x.dtype == torch.float32 and x.shape[0] >= FEWEST_CLIPS and native.available()
-
-
-def laid_out(x: Tensor) -> Tensor:
-    """[B, C, H, W] as depthwise convolutions take it, where a network begins."""
-    return batch_last(x) if takes_native(x) else x
 
 
 class Shape(ctypes.Structure):

@@ -91,6 +91,15 @@ def test_convolution_of_one_channel_is_native(native_library) -> None:  # type: 
     torch.testing.assert_close(made, functional.conv2d(x, weight, padding=1))
 
 
+def test_images_stay_batch_last_from_the_first_convolution_on(native_library) -> None:  # type: ignore[no-untyped-def]
+    x = torch.randn(16, 1, 10, 26)
+    for weight, stride, groups in ((6, 1, 3, 3), 2, 1), ((6, 1, 5, 5), 1, 6), ((8, 6, 1, 1), 1, 1):
+        padding = (weight[2] // 2, weight[3] // 2)
+        x = depthwise.conv2d(x, torch.randn(weight), None, (stride, stride), padding, groups)
+        x = functional.relu6(BatchNorm2d(weight[0])(x))
+        assert is_batch_last(x)
+
+
 @pytest.mark.parametrize("isa", ["avx2", "baseline", "portable"])
 def test_every_instruction_set_convolves_alike(native_library, monkeypatch, tmp_path, isa: str) -> None:  # type: ignore[no-untyped-def]
     if isa == "portable":
