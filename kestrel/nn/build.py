@@ -21,7 +21,7 @@ import torch
 from kestrel.errors import KestrelError
 from kestrel.store.atomic import atomic_path
 
-SOURCES = tuple(sorted((Path(__file__).parent / "csrc").iterdir()))  # *.cpp, and *.inc that they include
+SOURCES = tuple(sorted((Path(__file__).parent / "csrc").glob("*.[chi]*")))  # *.cpp, and *.h and *.inc that they include
 LIBRARY = "native.so"
 FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-shared"),

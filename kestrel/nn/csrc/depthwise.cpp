@@ -8,16 +8,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <string>
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(KESTREL_PORTABLE)
-#define KESTREL_X86
-#include <immintrin.h>
-#endif
+#include "instruction_set.h"
 
 // Mirrors kestrel.nn.depthwise.Shape. All tensors are contiguous float32; batch >= 16.
 struct Shape {
@@ -28,7 +23,7 @@ struct Shape {
 
 namespace {
 
-constexpr int ROWS = 8;  // registers that hold sums
+constexpr int REGISTERS = 8;  // that hold sums
 
 // For each place of a result: the places that it is a sum of, and the kernel elements that multiply them.
 struct Sums {
@@ -109,17 +104,14 @@ typedef __m512 Vector;
 #pragma GCC pop_options
 #endif
 
-// Loops of the widest instruction set that the processor has, or of the one that KESTREL_ISA names.
 const Loops &loops() {
 #ifdef KESTREL_X86
   static const Loops &chosen = []() -> const Loops & {
-    const char *name = std::getenv("KESTREL_ISA");
-    const std::string wanted = name ? name : "";
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && wanted != "avx2" && wanted != "baseline") return avx512::LOOPS;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && wanted != "baseline") return avx2::LOOPS;
-    return baseline::LOOPS;
+    switch (instruction_set()) {
+    case InstructionSet::AVX512: return avx512::LOOPS;
+    case InstructionSet::AVX2: return avx2::LOOPS;
+    default: return baseline::LOOPS;
+    }
   }();
   return chosen;
 #else

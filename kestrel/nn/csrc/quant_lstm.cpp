@@ -20,21 +20,16 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <limits>
-#include <string>
 #include <utility>
 #include <vector>
 
 #if defined(__linux__)
 #include <dlfcn.h>
 #endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(KESTREL_PORTABLE)
-#define KESTREL_X86
-#include <immintrin.h>
-#endif
+#include "instruction_set.h"
 
 #define ALWAYS_INLINE __attribute__((always_inline))
 #define INLINE static inline ALWAYS_INLINE
@@ -169,17 +164,14 @@ constexpr int LANES = 16;
 #pragma GCC pop_options
 #endif
 
-// Loops of the widest instruction set that the processor has, or of the one that KESTREL_ISA names.
 const Loops &loops() {
 #ifdef KESTREL_X86
-  static const Loops &chosen = [&]() -> const Loops & {
-    const char *name = std::getenv("KESTREL_ISA");
-    const std::string wanted = name ? name : "";
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && wanted != "avx2" && wanted != "baseline") return avx512::LOOPS;
-    if (__builtin_cpu_supports("avx2") && wanted != "baseline") return avx2::LOOPS;
-    return baseline::LOOPS;
+  static const Loops &chosen = []() -> const Loops & {
+    switch (instruction_set()) {
+    case InstructionSet::AVX512: return avx512::LOOPS;
+    case InstructionSet::AVX2: return avx2::LOOPS;
+    default: return baseline::LOOPS;
+    }
   }();
   return chosen;
 #else
