@@ -105,18 +105,8 @@ typedef __m512 Vector;
 #endif
 
 const Loops &loops() {
-#ifdef KESTREL_X86
-  static const Loops &chosen = []() -> const Loops & {
-    switch (instruction_set()) {
-    case InstructionSet::AVX512: return avx512::LOOPS;
-    case InstructionSet::AVX2: return avx2::LOOPS;
-    default: return baseline::LOOPS;
-    }
-  }();
+  static const Loops &chosen = KESTREL_LOOPS;
   return chosen;
-#else
-  return baseline::LOOPS;
-#endif
 }
 
 // Images of one column lie in memory like images of one row, whose kernel elements can share what they multiply.

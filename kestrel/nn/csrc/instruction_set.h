@@ -25,3 +25,13 @@ static inline InstructionSet instruction_set() {
 #endif
   return InstructionSet::BASELINE;
 }
+
+// LOOPS of the namespace for that instruction set.
+#ifdef KESTREL_X86
+#define KESTREL_LOOPS                                                                                                 \
+  (instruction_set() == InstructionSet::AVX512 ? avx512::LOOPS                                                       \
+   : instruction_set() == InstructionSet::AVX2 ? avx2::LOOPS                                                         \
+                                               : baseline::LOOPS)
+#else
+#define KESTREL_LOOPS baseline::LOOPS
+#endif

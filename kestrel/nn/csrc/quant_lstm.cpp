@@ -165,18 +165,8 @@ constexpr int LANES = 16;
 #endif
 
 const Loops &loops() {
-#ifdef KESTREL_X86
-  static const Loops &chosen = []() -> const Loops & {
-    switch (instruction_set()) {
-    case InstructionSet::AVX512: return avx512::LOOPS;
-    case InstructionSet::AVX2: return avx2::LOOPS;
-    default: return baseline::LOOPS;
-    }
-  }();
+  static const Loops &chosen = KESTREL_LOOPS;
   return chosen;
-#else
-  return baseline::LOOPS;
-#endif
 }
 
 // ---- matrix products -------------------------------------------------------------------------------------------------
