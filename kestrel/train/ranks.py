@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -34,6 +35,9 @@ class Ranks:
         if self.world > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
+            # Default arguments of this module hold the group of the moment it is first imported, as optimisers do later: the
+            # group would outlive its destruction, and its threads, at the end of Python, now and then abort the process.
+            importlib.import_module("torch.distributed.nn.functional")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self._joined = True
         return self

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def train_in_two(folder: Path, out_dir: Path, stop_at: int = 0) -> dict[int, tuple[str, Any]]:
     """What each of two processes answers."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "kestrel.train.loop"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     answers = context.Queue()
-    options = (port, STEPS, stop_at, answers)
+    options = (free_port(), STEPS, stop_at, answers)
     processes = [
         context.Process(target=train_as_rank, args=(str(folder), str(out_dir), rank, *options)) for rank in range(2)
     ]
@@ -54,6 +60,38 @@ def test_alone_everything_is_a_no_op() -> None:
         weight = torch.nn.Parameter(torch.ones(2))
         values = torch.arange(3.0)
         assert ranks.sum_gradients([weight], values) is values and weight.grad is None
+
+
+LEFT = """
+import os, torch
+from kestrel.train.ranks import Ranks
+weight = torch.nn.Parameter(torch.ones(2))
+with Ranks(torch.device("cpu")) as ranks:
+    optimizer = torch.optim.Adam([weight])
+    weight.sum().backward()
+    ranks.sum_gradients([weight], torch.ones(1))
+    optimizer.step()
+    ranks.on_first(lambda: 5)
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+print([name for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """A thread that frees a tensor while Python ends aborts the process."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEFT],
+            env={**os.environ, **group, "RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=100)[0] for process in processes] == ["[]\n", "[]\n"]
+    assert [process.returncode for process in processes] == [0, 0]
 
 
 def test_two_processes_agree_with_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
