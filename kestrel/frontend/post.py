@@ -4,6 +4,7 @@ The steps belong to the model: they are stored in its checkpoint and exported wi
 
     normalise: channel | global    subtract mean, divide by deviation of the training split (per channel or over all)
     dct: K                         first K coefficients of the orthonormal DCT-II over the channels: [B, T, K]
+    local_dct: [G, K]              channels in G groups of neighbours, K coefficients of each: [B, T, G * K]
     stack: N                       N neighbouring frames become one: [B, T // N, N * F]; left-over frames are dropped
     average: N                     mean of N neighbouring frames: [B, T // N, F]; left-over frames are dropped
     bands: N                       mean of N neighbouring channels: [B, T, F // N]; left-over channels are dropped
@@ -74,14 +75,16 @@ class Normalise(_Step):
 
 
 class Dct(_Step):
-    """Orthonormal DCT-II over the channels, first `kept` coefficients."""
+    """Orthonormal DCT-II over the channels, first `kept` coefficients; of each of `groups` of neighbours by itself."""
 
     matrix: Tensor
 
-    def __init__(self, kept: int, shape: Shape) -> None:
+    def __init__(self, kept: int, shape: Shape, groups: int = 1) -> None:
         super().__init__()
-        self.output_shape = (shape[0], kept)
-        self.register_buffer("matrix", dct_matrix(shape[1], kept).float(), persistent=False)
+        self.output_shape = (shape[0], groups * kept)
+        edges = [round(group * shape[1] / groups) for group in range(groups + 1)]
+        blocks = [dct_matrix(high - low, kept) for low, high in itertools.pairwise(edges)]
+        self.register_buffer("matrix", torch.block_diag(*blocks).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.matrix
@@ -158,9 +161,17 @@ def _crop(value: Any, where: str, shape: Shape) -> _Step:
     return Crop(start, _whole(value[1], f"{where}[1]", start + 1, shape[0]), shape)
 
 
+def _local_dct(value: Any, where: str, shape: Shape) -> _Step:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise UsageError(f"{where}: expected [GROUPS, COEFFICIENTS], not {value!r}")
+    groups = _whole(value[0], f"{where}[0]", 1, shape[1])
+    return Dct(_whole(value[1], f"{where}[1]", 1, shape[1] // groups), shape, groups)
+
+
 _STEPS: dict[str, Callable[[Any, str, Shape], _Step]] = {
     "normalise": _normalise,
     "dct": lambda value, where, shape: Dct(_whole(value, where, 1, shape[1]), shape),
+    "local_dct": _local_dct,
     "stack": lambda value, where, shape: Stack(_whole(value, where, 1, shape[0]), shape),
     "average": lambda value, where, shape: Average(_whole(value, where, 1, shape[0]), shape),
     "bands": lambda value, where, shape: Bands(_whole(value, where, 1, shape[1]), shape),

@@ -26,7 +26,7 @@ from kestrel.lower.ops import Concat, MaxPool, Requantise, Reshape, Slice, Trans
 from kestrel.lower.post import View
 from kestrel.lower.rnn import Thresholds, lower_rnn
 from kestrel.lower.value import ACTIVATION_BITS, WIDE_BITS, Value, requantised, step_of
-from kestrel.nn.condenser import Attend, HardGate, Strength
+from kestrel.nn.condenser import Attend, HardGate, Shift, Strength
 from kestrel.nn.low_bit import LowBit, QuantActivation
 from kestrel.nn.sequence import FramesAsColumns
 from kestrel.quant.integer import Rescale, symmetric, twos_complement
@@ -57,7 +57,7 @@ _UNSQUEEZE = (torch.unsqueeze, "unsqueeze")
 _TRANSPOSE = (torch.transpose, "transpose")
 
 
-_LEAVES = (LowBit, QuantActivation, HardGate, Strength, Attend, FramesAsColumns, nn.BatchNorm2d, nn.MaxPool2d)
+_LEAVES = (LowBit, QuantActivation, HardGate, Strength, Attend, Shift, FramesAsColumns, nn.BatchNorm2d, nn.MaxPool2d)
 
 
 class _Tracer(fx.Tracer):
@@ -318,6 +318,8 @@ class _Walk:
             return self._move(Reshape(inputs=(x.name,), outputs=(name,), shape=(frames, 1, bands)), x)
         if isinstance(module, Attend):
             return self._attention(node, module, x)
+        if isinstance(module, Shift):
+            return self._shifted(name, module.frames, x)
         if isinstance(module, (nn.LSTM, nn.GRU)):
             return lower_rnn(self.program, x, module, str(node.target), self.weight_bits, self.thresholds)
         if isinstance(module, nn.MaxPool2d):
@@ -429,6 +431,20 @@ class _Walk:
         height, width, _ = self.program.tensors[x.name].shape
         target = self._target(self._tail(node), self.program.tensors[x.name].magnitude * x.step)
         return conv.averaged(self.program, x, Window((height, width), (height, width)), target, str(node))
+
+    def _shifted(self, name: str, frames: int, x: Value) -> Value:
+        """An image later by `frames`; its first and last frame repeat."""
+        height = self.program.tensors[x.name].shape[0]
+        by = max(-height, min(frames, height))
+        if by == 0:
+            return x
+        cuts = [(max(by, 0), height + min(by, 0))] if abs(by) < height else []
+        edges = [(height - 1, height)] * by if by > 0 else [(0, 1)] * -by
+        parts = tuple(
+            self.program.add(Slice(inputs=(x.name,), outputs=(f"{name}.{place}",), start=start, stop=stop))
+            for place, (start, stop) in enumerate(cuts + edges if by > 0 else edges + cuts)
+        )
+        return self._move(Concat(inputs=parts, outputs=(name,)), x)
 
     def _upsampled(self, node: Node, x: Value, mode: Any, factor: Any) -> Value:
         pair = (factor, factor) if isinstance(factor, (int, float)) else factor

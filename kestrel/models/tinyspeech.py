@@ -67,7 +67,8 @@ class _Image(QuantNet):
 class TinySpeech(_Image):
     """3 x 3 convolution, attention condensers, 3 x 3 convolution, mean, classes: features [B, T, F] -> [B, C].
 
-    `pools`: condensation (frames, bands) of each condenser, the last one for those that follow. `head_pool`: max pooling
+    `pools`: condensation (frames, bands) of each condenser, the last one for those that follow; `looks`: the condensed frames
+    that depthwise layers see, which costs no weight and makes convolutions over time of kernels of 1 x 1. `head_pool`: max pooling
     before the last convolution, `last_padding` zeros around it. Where three bands are left and nothing is padded, its kernels
     see all of them, each at its own place; with padding the mean forgets where in frequency something was.
     """
@@ -85,6 +86,7 @@ class TinySpeech(_Image):
         head_pool: tuple[int, int] = (1, 1),
         last_padding: tuple[int, int] = (1, 1),
         qp_blocks: int = 0,
+        looks: Sequence[int] = (0,),
     ) -> None:
         super().__init__(input_shape, make)
         channels = plan.first
@@ -100,7 +102,7 @@ class TinySpeech(_Image):
             if qp_blocks:
                 blocks.append(_QPBlock(channels, (mid0, out0, mid1), pool, make))
             else:
-                blocks.append(Condenser(channels, mid0, out0, mid1, pool, make))
+                blocks.append(Condenser(channels, mid0, out0, mid1, pool, make, looks))
         self.blocks = nn.Sequential(*blocks)
         self.pool = MaxPool2d(head_pool) if head_pool != (1, 1) else nn.Identity()
         left = tuple(have // step + 2 * more for have, step, more in zip(size, head_pool, last_padding, strict=True))

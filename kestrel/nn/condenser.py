@@ -9,13 +9,21 @@ left to the product. With the hard gate, 1 + S A is a gain, an offset and two li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kestrel.nn.channel_major import BatchNorm2d, MaxPool2d, Pair, joined_channels
+from kestrel.nn.channel_major import (
+    BatchNorm2d,
+    MaxPool2d,
+    Pair,
+    fast_layouts,
+    is_batch_last,
+    joined_channels,
+)
 from kestrel.nn.low_bit import QuantActivation, QuantConv2d, Ranges
 
 GateName = Literal["hard", "sigmoid"]
@@ -101,12 +109,36 @@ class Unit(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
-class Multiplied(nn.Module):
-    """A depthwise 1 x 1 convolution with `times` outputs for each channel: copies, each with a gain and offset, and a ReLU."""
+class Shift(nn.Module):
+    """The image as it is `frames` later (before, if negative); beyond the first and last frame these repeat."""
 
-    def __init__(self, channels: int, times: int, make: Making) -> None:
+    def __init__(self, frames: int) -> None:
         super().__init__()
-        self.times = times
+        self.frames = frames
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, F] -> the same shape and layout."""
+        by = max(-x.shape[2], min(self.frames, x.shape[2]))
+        if by == 0:
+            return x
+        order, back = ((1, 2, 3, 0), (3, 0, 1, 2)) if fast_layouts(x) and is_batch_last(x) else ((0, 1, 2, 3),) * 2
+        time = order.index(2)
+        lines = x.permute(order)  # as they lie in memory
+        size = x.shape[2]
+        edge = lines.narrow(time, size - 1 if by > 0 else 0, 1)
+        kept, edges = lines.narrow(time, max(by, 0), size - abs(by)), [edge] * abs(by)
+        return torch.cat([kept, *edges] if by > 0 else [*edges, kept], time).permute(back)
+
+
+class Multiplied(nn.Module):
+    """A depthwise 1 x 1 convolution with `times` outputs for each channel: copies, each with a gain and offset, and a ReLU.
+
+    The copies are taken from the frames `looks`, in turn: 0 the present one, -1 the one before.
+    """
+
+    def __init__(self, channels: int, times: int, make: Making, looks: Sequence[int] = (0,)) -> None:
+        super().__init__()
+        self.looks = nn.ModuleList(Shift(looks[copy % len(looks)]) for copy in range(times))
         made = channels * times
         self.unit = Unit(made, made, (1, 1), make, groups=made, act=make.act())
         with torch.no_grad():  # a copy that rises and one that falls, as a ReLU of one input needs
@@ -118,18 +150,27 @@ class Multiplied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, times C, H, W]."""
-        return self.unit(joined_channels([x] * self.times))
+        return self.unit(joined_channels([look(x) for look in self.looks]))
 
 
 class Condenser(nn.Module):
     """An attention condenser of `channels`, whose condensation is smaller by `pool`.
 
     With `mid1`: embedding channels -> mid0 (depthwise) -> out0, expansion out0 -> mid1 (depthwise) -> channels, all kernels
-    1 x 1, as the published parameter counts imply. Without: embedding channels -> mid0 -> out0, expansion out0 -> channels,
-    without depthwise layers, as in QP-TinySpeech.
+    1 x 1, as the published parameter counts imply; depthwise layers see the condensed frames `looks`. Without: embedding
+    channels -> mid0 -> out0, expansion out0 -> channels, without depthwise layers, as in QP-TinySpeech.
     """
 
-    def __init__(self, channels: int, mid0: int, out0: int, mid1: int | None, pool: Pair, make: Making) -> None:
+    def __init__(
+        self,
+        channels: int,
+        mid0: int,
+        out0: int,
+        mid1: int | None,
+        pool: Pair,
+        make: Making,
+        looks: Sequence[int] = (0,),
+    ) -> None:
         super().__init__()
         one = (1, 1)
         self.condense = MaxPool2d(pool)
@@ -140,9 +181,9 @@ class Condenser(nn.Module):
             self.expand = nn.Sequential(Unit(out0, channels, one, make))
         else:
             self.embed = nn.Sequential(
-                Multiplied(channels, mid0 // channels, make), Unit(mid0, out0, one, make, act=make.act())
+                Multiplied(channels, mid0 // channels, make, looks), Unit(mid0, out0, one, make, act=make.act())
             )
-            self.expand = nn.Sequential(Multiplied(out0, mid1 // out0, make), Unit(mid1, channels, one, make))
+            self.expand = nn.Sequential(Multiplied(out0, mid1 // out0, make, looks), Unit(mid1, channels, one, make))
         table = nn.Sequential(make.act("none"), nn.Sigmoid())
         self.gate = HardGate() if make.gate == "hard" else table
         self.strength = Strength()

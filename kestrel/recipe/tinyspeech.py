@@ -27,6 +27,12 @@ class ModelSpec:
     pools: list[int] = setting(
         [2, 2], "x..qp: condensation, frames and bands of each condenser in turn; the last pair serves the rest", min=1
     )
+    looks: list[int] = setting(
+        [0],
+        "x..m: condensed frames that the copies of a depthwise layer see in turn; 0 the present, -1 the one before",
+        min=-8,
+        max=8,
+    )
     head_pool: list[int] = setting([1, 1], "x..qp: max pooling before the last convolution (frames, bands)", min=1)
     last_padding: list[int] = setting([1, 1], "x..qp: zeros around the map of the last convolution", min=0, max=1)
     qp_blocks: int = setting(6, "qp: blocks of two condensers; the quantised original has 4", min=1, max=6)
@@ -106,6 +112,7 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Quant
         pools=_pairs(model.pools, "pools"),
         head_pool=_pairs(model.head_pool, "head_pool")[0],
         last_padding=_pairs(model.last_padding, "last_padding")[0],
+        looks=model.looks,
         qp_blocks=model.qp_blocks if model.net == "qp" else 0,
     )
 
