@@ -433,18 +433,22 @@ class _Walk:
         return conv.averaged(self.program, x, Window((height, width), (height, width)), target, str(node))
 
     def _shifted(self, name: str, frames: int, x: Value) -> Value:
-        """An image later by `frames`; its first and last frame repeat."""
+        """An image later by `frames`, zero beyond its ends: frames that leave it, times zero, stand there."""
         height = self.program.tensors[x.name].shape[0]
         by = max(-height, min(frames, height))
         if by == 0:
             return x
-        cuts = [(max(by, 0), height + min(by, 0))] if abs(by) < height else []
-        edges = [(height - 1, height)] * by if by > 0 else [(0, 1)] * -by
-        parts = tuple(
-            self.program.add(Slice(inputs=(x.name,), outputs=(f"{name}.{place}",), start=start, stop=stop))
-            for place, (start, stop) in enumerate(cuts + edges if by > 0 else edges + cuts)
-        )
-        return self._move(Concat(inputs=parts, outputs=(name,)), x)
+        nothing = Rescale((0,), 0, *twos_complement(ACTIVATION_BITS))
+
+        def cut(part: str, start: int, stop: int) -> str:
+            return self.program.add(Slice(inputs=(x.name,), outputs=(f"{name}.{part}",), start=start, stop=stop))
+
+        left = cut("left", 0, by) if by > 0 else cut("left", height + by, height)
+        zeros = self.program.add(Requantise(inputs=(left,), outputs=(f"{name}.zeros",), rescale=nothing, scale=x.step))
+        if abs(by) == height:
+            return Value(zeros, x.step)
+        kept = cut("kept", max(by, 0), height + min(by, 0))
+        return self._move(Concat(inputs=(kept, zeros) if by > 0 else (zeros, kept), outputs=(name,)), x)
 
     def _upsampled(self, node: Node, x: Value, mode: Any, factor: Any) -> Value:
         pair = (factor, factor) if isinstance(factor, (int, float)) else factor

@@ -110,7 +110,7 @@ class Unit(nn.Module):
 
 
 class Shift(nn.Module):
-    """The image as it is `frames` later (before, if negative); beyond the first and last frame these repeat."""
+    """The image as it is `frames` later (before, if negative), zero beyond its first and last frame."""
 
     def __init__(self, frames: int) -> None:
         super().__init__()
@@ -124,10 +124,11 @@ class Shift(nn.Module):
         order, back = ((1, 2, 3, 0), (3, 0, 1, 2)) if fast_layouts(x) and is_batch_last(x) else ((0, 1, 2, 3),) * 2
         time = order.index(2)
         lines = x.permute(order)  # as they lie in memory
-        size = x.shape[2]
-        edge = lines.narrow(time, size - 1 if by > 0 else 0, 1)
-        kept, edges = lines.narrow(time, max(by, 0), size - abs(by)), [edge] * abs(by)
-        return torch.cat([kept, *edges] if by > 0 else [*edges, kept], time).permute(back)
+        kept = lines.narrow(time, max(by, 0), x.shape[2] - abs(by))
+        shape = list(lines.shape)
+        shape[time] = abs(by)
+        zeros = lines.new_zeros(shape)
+        return torch.cat([kept, zeros] if by > 0 else [zeros, kept], time).permute(back)
 
 
 class Multiplied(nn.Module):

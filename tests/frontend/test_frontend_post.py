@@ -66,6 +66,13 @@ def test_dct_is_scipys() -> None:
     assert post.output_shape == (11, 4) and np.abs(post(x).numpy() - wanted).max() < 1e-4
 
 
+def test_local_dct_is_scipys_in_each_group() -> None:
+    x = torch.randn(5, 11, 10)
+    post = Post([{"local_dct": [3, 2]}], (11, 10))
+    parts = [dct(part.double().numpy(), type=2, norm="ortho", axis=-1)[..., :2] for part in x.split([3, 4, 3], 2)]
+    assert post.output_shape == (11, 6) and np.abs(post(x).numpy() - np.concatenate(parts, -1)).max() < 1e-5
+
+
 @pytest.mark.parametrize("scope", ["channel", "global"])
 def test_normalise_uses_statistics_of_all_batches(scope: str) -> None:
     x = features(70)
@@ -160,6 +167,9 @@ def test_features_of_another_front_end_are_refused() -> None:
         ({"dct": 7}, "out of bounds (1..6)"),
         ({"dct": 0}, "out of bounds"),
         ({"dct": "x"}, "whole number"),
+        ({"local_dct": 3}, "expected [GROUPS, COEFFICIENTS]"),
+        ({"local_dct": [7, 1]}, "out of bounds (1..6)"),
+        ({"local_dct": [2, 4]}, "out of bounds (1..3)"),
         ({"stack": True}, "whole number"),
         ({"stack": 12}, "out of bounds (1..11)"),
         ({"average": 0}, "out of bounds"),
@@ -180,6 +190,7 @@ _STEP = st.one_of(
     st.builds(lambda n: {"stack": n}, st.integers(1, 4)),
     st.builds(lambda n: {"average": n}, st.integers(1, 4)),
     st.builds(lambda n: {"dct": n}, st.integers(1, 6)),
+    st.builds(lambda g, n: {"local_dct": [g, n]}, st.integers(1, 3), st.integers(1, 2)),
     st.builds(lambda a, b: {"crop": [a, a + b]}, st.integers(0, 4), st.integers(1, 6)),
     st.builds(lambda s: {"normalise": s}, st.sampled_from(["channel", "global"])),
 )

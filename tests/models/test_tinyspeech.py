@@ -31,6 +31,8 @@ NETS: dict[str, dict[str, Any]] = {
     "m": {"net": "m"},
     "z sigmoid": {"net": "z", "gate": "sigmoid"},
     "z strided": {"net": "z", "first_stride": [2, 2], "pools": [2, 2, 4, 2, 6, 4]},
+    "z looks": {"net": "z", "looks": [-1, 1], "pools": [2, 1, 4, 2, 12, 4, 24, 1]},
+    "x looks far": {"net": "x", "looks": [3, -2]},
     "qp": {"net": "qp"},
     "qp4": {"net": "qp", "qp_blocks": 4},
     "sep": {"net": "sep", "width": 12},

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kestrel.nn.condenser import Attend, Condenser, HardGate, Making, Multiplied, Strength
+from kestrel.nn.condenser import Attend, Condenser, HardGate, Making, Multiplied, Shift, Strength
 from kestrel.nn.low_bit import LowBit, QuantActivation
 
+LOOKS = (-1, 1)
 MAKES = {"hard": Making(), "sigmoid": Making(gate="sigmoid"), "no norm": Making(norm=False)}
 
 
@@ -152,3 +153,52 @@ def test_multiplied_channels_rise_and_fall() -> None:
     assert torch.allclose(y[:, :3], x)
     assert torch.allclose(y[:, 3:], torch.relu(1 - x))
     assert sum(p.numel() for p in made.unit.conv.parameters() if p.dim() > 1) == 6  # one weight for each output
+
+
+@pytest.mark.parametrize("batch_last", [False, True])
+@pytest.mark.parametrize("frames", [-9, -4, -1, 0, 2, 5])
+def test_a_shifted_image_is_read_frame_by_frame(frames: int, batch_last: bool) -> None:
+    x = torch.randn(3, 2, 4, 5)
+    laid = (x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) if batch_last else x.clone()).requires_grad_()
+    y = Shift(frames)(laid)
+    weight = torch.randn(3, 2, 4, 5)
+    (y * weight).sum().backward()
+    wanted, gradient = torch.zeros(3, 2, 4, 5), torch.zeros(3, 2, 4, 5)
+    for frame in range(4):
+        if 0 <= frame + frames < 4:
+            wanted[:, :, frame] = x[:, :, frame + frames]
+            gradient[:, :, frame + frames] = weight[:, :, frame]
+    assert torch.equal(y, wanted)
+    assert laid.grad is not None and torch.equal(laid.grad, gradient)
+
+
+def test_copies_are_taken_from_neighbouring_frames() -> None:
+    torch.manual_seed(0)
+    plain, looking = Multiplied(3, 4, Making(norm=False)), Multiplied(3, 4, Making(norm=False), LOOKS)
+    looking.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 3, 6, 2)
+    before, behind = plain(Shift(-1)(x)), plain(Shift(1)(x))
+    assert torch.equal(looking(x), torch.cat([before[:, :3], behind[:, 3:6], before[:, 6:9], behind[:, 9:]], 1))
+
+
+@pytest.mark.parametrize(("looks", "reach"), [((0,), 1), ((0, 1), 3), ((-1, 1), 5), ((2,), 1)])
+def test_a_condenser_sees_as_far_as_its_looks(looks: tuple[int, ...], reach: int) -> None:
+    """Condensed frames that the seventh of twelve changes, through two depthwise layers."""
+    torch.manual_seed(0)
+    made = Condenser(6, 12, 8, 16, (2, 1), Making(), looks).train()
+    made(torch.randn(64, 6, 24, 2).relu())
+    made.eval()
+    x = torch.randn(64, 6, 24, 2).relu()
+    moved = x.clone()
+    moved[:, :, 12:14] += 1
+    made.attend = _Factors()  # type: ignore[assignment]
+    changed = (made(moved) != made(x)).any(dim=1).any(dim=0).any(dim=1)
+    at = {6 - first - second for first in looks for second in looks}
+    assert [frame for frame in range(12) if changed[frame]] == sorted(at) and max(at) - min(at) + 1 == reach
+
+
+class _Factors(nn.Module):
+    """The factors alone, without V."""
+
+    def forward(self, v: Tensor, factors: Tensor) -> Tensor:
+        return factors
