@@ -16,7 +16,7 @@ from kestrel.models.inventory import decoded_weights, layers, parameters, weight
 from kestrel.models.quant_net import QuantNet
 from kestrel.models.spotter import KeywordSpotter
 from kestrel.models.tinyspeech import PLANS, SeparableNet, published_parameters
-from kestrel.nn import channel_major, depthwise, low_bit
+from kestrel.nn import channel_major, condenser, depthwise, low_bit
 from kestrel.nn.condenser import Condenser
 from kestrel.nn.low_bit import LowBit
 from kestrel.recipe.tinyspeech import ModelSpec, build
@@ -196,9 +196,10 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize("name", ["z", "m", "qp"])
 def test_the_layout_of_memory_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images lie batch last in the condensers: the same logits and gradients as PyTorch's layout and functions give."""
-    net = build(
-        ModelSpec(net=cast(Any, name), first_stride=[2, 3], first_padding=[1, 0], pools=[2, 1, 2, 3, 4, 3]), (48, 9), 12
+    spec = ModelSpec(
+        net=cast(Any, name), first_stride=[2, 3], first_padding=[1, 0], pools=[2, 1, 2, 3, 4, 3], looks=[1, -2]
     )
+    net = build(spec, (48, 9), 12)
     net.train()
     x = torch.randn(6, 48, 9, generator=torch.Generator().manual_seed(3))
 
@@ -209,7 +210,7 @@ def test_the_layout_of_memory_changes_nothing(name: str, monkeypatch: pytest.Mon
         return [logits.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
 
     fast = found()
-    for place in (channel_major, depthwise, low_bit):
+    for place in (channel_major, condenser, depthwise, low_bit):
         monkeypatch.setattr(place, "fast_layouts", lambda _: False)
     for mine, other in zip(fast, found(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
