@@ -6,6 +6,7 @@ into the weights, so weights keep the codes that they were trained with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,20 @@ class Affine:
             gain = gain * norm.weight.detach().double().cpu().numpy()
             return cls(gain, norm.bias.detach().double().cpu().numpy() - mean * gain)
         return cls(gain, -mean * gain)
+
+    def with_constants(self, sums: Mapping[int, int], steps: np.ndarray, bias: torch.Tensor | None) -> Affine:
+        """The same for channels whose sums of products are known, in `steps` ([1] or [C]): nothing but a shift.
+
+        Batch normalisation divides such a channel by a deviation of nearly 0. A rescaling that had to hold its gain would
+        leave few bits for the gains of the others.
+        """
+        gain, shift = self.gain.copy(), self.shift.copy()
+        steps = np.broadcast_to(steps, gain.shape)
+        for channel, total in sums.items():
+            offset = 0.0 if bias is None else float(bias[channel].detach())
+            shift[channel] += gain[channel] * (total * steps[channel] + offset)
+            gain[channel] = 0
+        return Affine(gain, shift)
 
 
 def _linear_rescale(x: Value, codes: WeightCodes, bias: torch.Tensor | None, norm: Affine, target: Target) -> Rescale:

@@ -152,6 +152,9 @@ class _Walk:
         self.modules = dict(traced.named_modules())
         self.values: dict[Node, Value] = {}
         self.joining: dict[Node, list[Node]] = {}  # nodes whose results are that of the op for the key
+        self.fixed: dict[
+            str, dict[int, int]
+        ] = {}  # by tensor: channels that are the same code everywhere, in all clips
 
     def run(self, view: View) -> str:
         for node in self.traced.graph.nodes:
@@ -355,15 +358,33 @@ class _Walk:
             strength = float(tail.strength.scale.detach())
             affine = Affine(affine.gain * strength, affine.shift * strength + 1)
             ends = None if ends is None else (min(1.0, 1 + strength), max(1.0, 1 + strength))
+        fixed = self._fixed_sums(x, module, codes)
+        affine = affine.with_constants(fixed, codes.scale.astype(np.float64) * x.step, module.bias)
         target = self._target(tail, self._bound(x, codes, module, affine))
         if ends is not None:
             low, high = (round(end / target.step) for end in ends)
             target = Target(
                 target.step, max(target.low, min(low, target.high)), min(target.high, max(high, target.low))
             )
-        if isinstance(module, nn.Linear):
-            return conv.linear(self.program, x, module, codes, affine, target, str(node))
-        return conv.conv2d(self.program, x, module, codes, affine, target, str(node))
+        make = conv.linear if isinstance(module, nn.Linear) else conv.conv2d
+        made = make(self.program, x, module, codes, affine, target, str(node))  # type: ignore[arg-type]
+        self.fixed[made.name] = {
+            row: int(np.clip(np.rint(affine.shift[row] / target.step), *target.limits)) for row in fixed
+        }
+        return made
+
+    def _fixed_sums(self, x: Value, module: nn.Conv2d | nn.Linear, codes: WeightCodes) -> dict[int, int]:
+        """Sums of products by output, for those that read nothing but fixed channels."""
+        weights = codes.codes.reshape(*codes.codes.shape[:2], -1).astype(np.int64)  # [out, in of the group, places]
+        around = getattr(module, "before", 0) or any(np.ravel(getattr(module, "padding", 0)))
+        known = {at: code for at, code in self.fixed.get(x.name, {}).items() if code == 0 or not around}
+        apart = weights.shape[1] == 1
+        found = {}
+        for row, parts in enumerate(weights):
+            sums = {row if apart else at: int(part.sum()) for at, part in enumerate(parts) if part.any()}
+            if sums.keys() <= known.keys():
+                found[row] = sum(total * known[at] for at, total in sums.items())
+        return found
 
     def _attention(self, node: Node, module: Attend, v: Value) -> Value:
         """Factors of a smaller map, repeated, times an image."""
@@ -448,7 +469,9 @@ class _Walk:
         if abs(by) == height:
             return Value(zeros, x.step)
         kept = cut("kept", max(by, 0), height + min(by, 0))
-        return self._move(Concat(inputs=(kept, zeros) if by > 0 else (zeros, kept), outputs=(name,)), x)
+        made = self._move(Concat(inputs=(kept, zeros) if by > 0 else (zeros, kept), outputs=(name,)), x)
+        self.fixed[made.name] = {at: code for at, code in self.fixed.get(x.name, {}).items() if code == 0}
+        return made
 
     def _upsampled(self, node: Node, x: Value, mode: Any, factor: Any) -> Value:
         pair = (factor, factor) if isinstance(factor, (int, float)) else factor
@@ -545,7 +568,15 @@ class _Walk:
             for place, source in enumerate(sources)
         ]
         names = tuple(value.name for value in values)
-        return Value(self.program.add(Concat(inputs=names, outputs=(str(node),), axis=axis)), target.step)
+        made = Value(self.program.add(Concat(inputs=names, outputs=(str(node),), axis=axis)), target.step)
+        if axis == len(self.program.tensors[made.name].shape) - 1:
+            widths = np.cumsum([0, *(self.program.tensors[name].shape[-1] for name in names)])
+            self.fixed[made.name] = {
+                int(first) + at: code
+                for first, name in zip(widths[:-1], names, strict=True)
+                for at, code in self.fixed.get(name, {}).items()
+            }
+        return made
 
     def _concat_target(self, node: Node) -> Target:
         """One step for all parts: their own where they share it, as copies of one value do."""

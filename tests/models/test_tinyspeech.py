@@ -230,3 +230,29 @@ def test_a_condenser_that_died_in_training_has_an_integer_form() -> None:
     found = graph.run(input_codes(x.numpy(), graph.tensors[FEATURES]))[LOGITS]
     with torch.no_grad():
         assert (found.argmax(1) == net(x).argmax(1).numpy()).mean() >= 0.95
+
+
+def test_a_channel_that_became_constant_leaves_the_others_their_precision() -> None:
+    """Pruned to one input that is constant itself: batch normalisation divides it by the root of its epsilon alone."""
+    net = trained(net_of("z looks", weights="8bit"))
+    depthwise, pointwise = (net.get_submodule(f"blocks.1.expand.{part}") for part in ("0.unit", "1"))
+    sums: list[torch.Tensor] = []
+    with torch.no_grad():
+        depthwise.conv.weight[1] = 0  # type: ignore[union-attr,index,operator]
+        depthwise.norm.running_mean[1], depthwise.norm.bias[1] = 0.0, 0.9  # type: ignore[union-attr,index,operator]
+        pointwise.conv.weight[6] = 0  # type: ignore[union-attr,index,operator]
+        pointwise.conv.weight[6, 1] = 200.0  # type: ignore[union-attr,index,operator]
+        for part in (depthwise, pointwise):
+            part.conv.find_step()  # type: ignore[union-attr,operator]
+        hook = pointwise.conv.register_forward_hook(lambda *call: sums.append(call[2][:, 6]))  # type: ignore[union-attr,operator]
+        x = features(40, 60)
+        net(x)
+        hook.remove()
+        assert sums[0].unique().numel() == 1 and float(sums[0].mean()) > 10
+        norm = pointwise.norm
+        norm.running_mean[6], norm.running_var[6], norm.weight[6] = sums[0].mean(), 1e-18, 4.0  # type: ignore[union-attr,index,operator]
+        graph = graph_of(net)
+        found = graph.run(input_codes(x.numpy(), graph.tensors[FEATURES]))[LOGITS]
+        assert (found.argmax(1) == net(x).argmax(1).numpy()).mean() >= 0.95
+    (rescale,) = (op.rescale for op in graph.ops if op.outputs == ("blocks_1_expand_1_conv",))  # type: ignore[attr-defined]
+    assert rescale.multipliers[6] == 0 and max(rescale.multipliers[:6]) >= 1 << 15
