@@ -152,9 +152,7 @@ class _Walk:
         self.modules = dict(traced.named_modules())
         self.values: dict[Node, Value] = {}
         self.joining: dict[Node, list[Node]] = {}  # nodes whose results are that of the op for the key
-        self.fixed: dict[
-            str, dict[int, int]
-        ] = {}  # by tensor: channels that are the same code everywhere, in all clips
+        self.fixed: dict[str, dict[int, int]] = {}  # by tensor: channels that are one code everywhere, in all clips
 
     def run(self, view: View) -> str:
         for node in self.traced.graph.nodes:

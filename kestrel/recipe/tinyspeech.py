@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
+from kestrel.errors import UsageError
 from kestrel.settings import setting
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Quant
     from kestrel.models.tinyspeech import PLANS, QP, SeparableNet, TinySpeech
     from kestrel.nn.condenser import Making
 
+    if not model.looks:
+        raise UsageError("model.looks: []; give at least one frame, 0 is the present one")
     low_bit = LowBitPlan(
         weights=model.weights,
         layers=model.layer_weights,
@@ -118,8 +121,6 @@ def build(model: ModelSpec, input_shape: tuple[int, int], classes: int) -> Quant
 
 
 def _pairs(values: list[int], name: str) -> list[tuple[int, int]]:
-    from kestrel.errors import UsageError
-
     if not values or len(values) % 2:
         raise UsageError(f"model.{name}: {values}; give pairs of frames and bands")
     return [cast(tuple[int, int], tuple(values[i : i + 2])) for i in range(0, len(values), 2)]

@@ -182,6 +182,7 @@ def test_a_causal_network_does_not_look_ahead() -> None:
     ("settings", "text"),
     [
         ({"net": "z", "pools": [5, 2]}, "model.pools: a map of 24 x 8"),
+        ({"net": "z", "looks": []}, r"model.looks: \[\]; give at least one"),
         ({"net": "z", "pools": [2]}, r"model.pools: \[2\]; give pairs"),
         ({"net": "sep", "kernels": [4, 3]}, "model.kernels"),
         ({"net": "sep", "condense": [1], "stride": 8}, "model.condense"),
