@@ -375,7 +375,7 @@ def accuracy_sparsity(settings: Sequence[Setting], label: str, title: str, path:
 def _write_beside(axes: Axes, labels: Sequence[tuple[float, float, str]], size: float) -> None:
     """Write the text of each point (x, y, text) on the first of its sides where it covers no point and no other text.
 
-    A text that finds no room is left out. To be called when all else is drawn.
+    From the highest point down, so that texts of close points stand in the order of the points. A text that finds no room is left out. To be called when all else is drawn.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -384,7 +384,7 @@ def _write_beside(axes: Axes, labels: Sequence[tuple[float, float, str]], size: 
     legend = axes.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent())
-    for x, y, words in labels:
+    for x, y, words in sorted(labels, key=lambda spot: -spot[1]):
         text = axes.annotate(words, (x, y), (0, 0), textcoords="offset points", fontsize=size, color=GREY)
         for right, up in ((6, 4), (6, -4), (-6, 4), (-6, -4), (6, 13), (6, -13), (-6, 13), (-6, -13)):
             text.set(position=(right, up), ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")

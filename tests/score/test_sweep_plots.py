@@ -168,6 +168,14 @@ def test_texts_beside_points_cover_nothing() -> None:
     assert len(axes.texts) < 5 + 21
 
 
+def test_texts_of_close_points_stand_in_their_order() -> None:
+    axes = Figure(figsize=(6, 4)).subplots()
+    axes.plot([1.0, 9.0], [0.0, 90.0])
+    _write_beside(axes, [(5.0, 80.0, "below"), (5.0, 81.5, "above")], 9)
+    height = {text.get_text(): text.get_window_extent().y0 for text in axes.texts}
+    assert height["above"] > height["below"]
+
+
 def test_a_cost_that_all_share_has_no_panel(monkeypatch, tmp_path: Path) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(sweep_plots, "save", lambda figure, path: drawn.append(figure))
