@@ -373,7 +373,7 @@ def accuracy_sparsity(settings: Sequence[Setting], label: str, title: str, path:
 
 
 def _write_beside(axes: Axes, labels: Sequence[tuple[float, float, str]], size: float) -> None:
-    """Write the text of each point (x, y, text) on the first of its sides where it covers no point and no other text.
+    """Write the text of each point (x, y, text) on the first of its sides where, within the axes, it covers no point and no other text.
 
     From the highest point down, so that texts of close points stand in the order of the points. A text that finds no room is left out. To be called when all else is drawn.
     """
@@ -386,10 +386,11 @@ def _write_beside(axes: Axes, labels: Sequence[tuple[float, float, str]], size: 
         taken.append(legend.get_window_extent())
     for x, y, words in sorted(labels, key=lambda spot: -spot[1]):
         text = axes.annotate(words, (x, y), (0, 0), textcoords="offset points", fontsize=size, color=GREY)
+        text.set_in_layout(False)  # or it would move what was measured
         for right, up in ((6, 4), (6, -4), (-6, 4), (-6, -4), (6, 13), (6, -13), (-6, 13), (-6, -13)):
             text.set(position=(right, up), ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
-            box = text.get_window_extent()
-            inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+            box = text.get_window_extent().padded(2)
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
             if inside and not box.count_overlaps(taken):
                 taken.append(box)
                 break
