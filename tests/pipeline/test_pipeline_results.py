@@ -46,6 +46,20 @@ def test_the_committed_page_is_what_its_result_files_give(recipe: str) -> None:
     assert path.read_text(encoding="utf-8") == results_text(ROOT, recipe), "run steps/results.py"
 
 
+def test_figures_of_the_readme_stand_on_the_pages() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Results so far")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    assert len(rows) > len(recipes.names(ROOT))
+    for name, seeds, trained, integer, *_ in rows[1:]:
+        lines = (ROOT / "recipes" / name.split(",")[0] / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+        found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+        assert any(str(len(cells[1].split())) == seeds and trained in cells and integer in cells for cells in found), (
+            f"{name}: {trained} and {integer} of {seeds} seeds are on no row of its page"
+        )
+
+
 def test_seeds_of_a_variant_are_one_row(root: Path) -> None:
     for seed, accuracy in enumerate((0.88, 0.90, 0.89)):
         kept(root, seed, accuracy, energy_uj=25.0 + seed)
